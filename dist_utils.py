@@ -1,0 +1,208 @@
+"""Processes: their start, synchronised batch norm, averages over them, stop signals. Knows no other module.
+
+Everything works without a process group too: then there is one process, rank 0 of 1.
+"""
+import datetime
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class ProcessError(RuntimeError):
+    """The processes cannot start, or one of them was lost."""
+
+
+COMMUNICATION = (dist.DistError, ProcessError)  # gloo's own errors are plain RuntimeErrors that say gloo
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
+    """Joins the processes that torchrun (or launch_slurm.py) started and returns this one's device; a second call changes nothing.
+
+    NCCL connects GPUs, gloo CPUs. `store`: where the processes meet, in place of MASTER_ADDR and MASTER_PORT.
+    `timeout`: seconds that a process waits for the others before it ends with an error.
+    """
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ProcessError(f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible, {local_world} processes. "
+                               f"Start with --nproc_per_node={torch.cuda.device_count()}.")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif local_world > 1:  # torchrun leaves one thread to each process, whatever the machine has
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    where = dict(store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])) if store else {}
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout),
+                                device_id=device if device.type == "cuda" else None, **where)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ProcessError(f"rank {os.environ.get('RANK')} cannot meet the others at {address}: {str(error).splitlines()[0]} If another job "
+                           "holds that port, choose a free one (torchrun --standalone, or --master_port); if not, see that rank 0's "
+                           "machine can be reached under that name.") from None
+    return device
+
+
+def quit() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Adds up `tensor` over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_rank_0(thing: object) -> object:
+    """Rank 0's `thing` (picklable, small) on every process."""
+    things = [thing]
+    if world() > 1:
+        dist.broadcast_object_list(things)
+    return things[0]
+
+
+class MeanOverProcesses:
+    """The mean of a small vector over all processes, worked out while the device goes on with other work.
+
+    It starts at once. `result()` waits for this vector alone, never for what was queued on the device after it.
+    """
+
+    def __init__(self, vector: Tensor, timeout: float = 600):
+        self.timeout, self.work, self.event = timeout, None, None
+        if world() > 1:
+            vector /= world()
+            self.work = dist.all_reduce(vector, async_op=True)
+        if vector.is_cuda:
+            if self.work:
+                self.work.wait()  # the stream waits, not the host
+            vector = vector.to("cpu", non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        self.vector = vector
+
+    def result(self) -> list[float]:
+        if self.event:
+            end = time.monotonic() + self.timeout  # a lost process would leave event.synchronize() waiting for ever
+            while not self.event.query():
+                if time.monotonic() > end:
+                    raise ProcessError(f"no answer from the other processes for {self.timeout:.0f} s")
+                time.sleep(1e-4)
+        elif self.work:
+            self.work.wait()
+        return self.vector.tolist()
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over the processes; its derivative is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return sum_over_processes(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return sum_over_processes(gradient.clone())
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all processes, for CPUs, which torch.nn.SyncBatchNorm refuses.
+
+    (N, C, ...) -> the same. Its mean and variance are those of one process with the whole batch, up to rounding.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        count = sum_over_processes(wide.new_tensor(x.numel() // x.size(1), dtype=torch.float64)).item()
+        mean = _AllReduce.apply(wide.sum(dims)) / count  # (C)
+        centred = wide - mean.view(shape)
+        var = _AllReduce.apply(centred.square().sum(dims)) / count  # (C)
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var.detach() * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+        scale = torch.rsqrt(var + self.eps) * self.weight
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """Makes every batch norm of `model` synchronous if there are several processes; names and weights stay."""
+    if world() == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SyncBatchNorm
+    return model
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """`model` in DDP with synchronised batch norm, every process starting from rank 0's weights and statistics; alone: as it is."""
+    if world() == 1:
+        return model
+    synchronise_batch_norm(model)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+    device = next(model.parameters()).device
+    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def lost_ranks(patience: float = 5) -> list[int]:
+    """Which ranks do not answer, asked when a collective has failed: every process that still runs says so in the store."""
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.set(f"alive/{rank()}", "")
+        time.sleep(patience)
+        return [r for r in range(world()) if not store.check([f"alive/{r}"])]
+    except RuntimeError:  # the store went down with the process that held it
+        return [0]
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGINT and SIGUSR2 (Slurm's notice ahead of preemption and time limit) instead of dying of them.
+
+    `with StopSignal() as stop:` ... `stop.received` is the signal's number or 0. Ends all processes at the same iteration when each feeds
+    it into an average over the processes.
+    """
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    received = 0
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = number
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # launch_slurm.py holds them back until someone listens
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
