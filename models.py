@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import traceback
 import types
 import typing
 from collections.abc import Callable
@@ -31,9 +32,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 IGNORE = 255  # the label of pixels that no loss and no metric counts; data.py maps every data set's own to it
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Sections of a config
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------- Sections of a config
 class ConfigError(ValueError):
     """Something in a config that its writer can mend. The message says what, where and what to do."""
 
@@ -123,11 +122,12 @@ def construct(table: dict, section: dict, place: str, **extra):
         raise ConfigError(f"{place}.{error}") from None
     except ValueError as error:
         raise ConfigError(f"{place}: {error}") from error
+    except (TypeError, RuntimeError, LookupError, ArithmeticError) as error:  # what torch says of a value that cannot be, or a slip in a net of one's own
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(f"{place}: {kind} cannot be built of these values: {error} ({os.path.basename(where.filename)}, line {where.lineno})") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Blocks
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------- Blocks
 def resize(x: Tensor, like: Tensor, align_corners: bool) -> Tensor:
     """Bilinear, to the height and width of `like`."""
     if x.shape[2:] == like.shape[2:]:
@@ -158,6 +158,8 @@ class ConvModule(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, *, stride: int = 1, padding: int | None = None,
                  dilation: int = 1, groups: int = 1, norm: bool = True, act: type[nn.Module] | None = nn.ReLU):
         super().__init__()
+        if min(kernel_size, stride, dilation) < 1:
+            raise ValueError(f"kernel_size, stride and dilation must be 1 or more; here they are {kernel_size}, {stride} and {dilation}")
         padding = kernel_size // 2 * dilation if padding is None else padding
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=not norm)
         init_kaiming(self.conv)
@@ -195,12 +197,16 @@ def frozen_statistics(module: nn.Module):
             m.momentum, m.num_batches_tracked = momentum, count
 
 
-def run(block: nn.Module, x: Tensor, with_cp: bool) -> Tensor:
-    """block(x); `with_cp` stores only x and computes the block again in the backward pass (https://arxiv.org/abs/1604.06174)."""
-    if not with_cp or not torch.is_grad_enabled():
-        return block(x)
-    if torch.compiler.is_compiling():  # the compiler recomputes tensors, not side effects
-        return checkpoint(block, x, use_reentrant=False)
+def run(blocks: nn.Sequential | nn.ModuleList, x: Tensor, with_cp: bool) -> Tensor:
+    """One block after the other; `with_cp` stores only what enters each, which is computed again in the backward pass
+    (https://arxiv.org/abs/1604.06174)."""
+    for block in blocks:
+        x = run_again(block, x) if with_cp and torch.is_grad_enabled() else block(x)
+    return x
+
+
+@torch.compiler.disable(recursive=False)  # the compiler would lose `frozen_statistics` where SyncBN breaks its graph; it compiles the block
+def run_again(block: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
 
 
@@ -259,20 +265,34 @@ class SelfAttentionBlock(nn.Module):
         return self.out_project(attend(self.query_project(query), k, v, self.scale))
 
 
+class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
+    """The mean of each cell of a grid; where only operations that repeat bit for bit are allowed, by two matrices, as CUDA's own gradient does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.output_size == 1 or not torch.are_deterministic_algorithms_enabled() or not x.is_cuda:
+            return super().forward(x)
+        rows, columns = (self.means(size, x) for size in x.shape[2:])
+        return rows @ x @ columns.T  # (N, C, output_size, output_size)
+
+    def means(self, size: int, like: Tensor) -> Tensor:
+        """(output_size, size): row i is the mean of the pixels from floor(i * size / output_size) to ceil((i + 1) * size / output_size)."""
+        i, pixel = torch.arange(self.output_size, device=like.device)[:, None], torch.arange(size, device=like.device)
+        within = (pixel >= i * size // self.output_size) & (pixel < -(-(i + 1) * size // self.output_size))
+        return (within.double() / within.sum(1, keepdim=True)).to(like.dtype)
+
+
 class PooledPyramid(nn.ModuleList):
     """PSPNet's pyramid: the map pooled to each of `pool_scales` squared, projected and brought back to its size."""
 
     def __init__(self, pool_scales: list[int], in_channels: int, channels: int, align_corners: bool):
-        super().__init__(nn.Sequential(nn.AdaptiveAvgPool2d(s), ConvModule(in_channels, channels)) for s in pool_scales)
+        super().__init__(nn.Sequential(AdaptiveAvgPool(s), ConvModule(in_channels, channels)) for s in pool_scales)
         self.align_corners = align_corners
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w) -> (N, C + len(pool_scales) * channels, h, w)
         return torch.cat([x, *(resize(pool(x), x, self.align_corners) for pool in self)], 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Backbones: image (N, C, H, W) -> list of feature maps, finest first
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------- Backbones: image (N, C, H, W) -> list of feature maps, finest first
 class Backbone(nn.Module):
     """What all backbones share. `out_indices`: the stages whose maps are given out. `with_cp`: activation checkpointing of each block."""
     torchvision_name = None  # of the same net in torchvision.models, whose weights load
@@ -288,6 +308,8 @@ class Backbone(nn.Module):
 
 def residual_block(block: type[nn.Module], inplanes: int, planes: int, stride: int = 1, dilation: int = 1, **options) -> nn.Module:
     """torchvision's BasicBlock or Bottleneck with the shortcut that it needs."""
+    if stride < 1 or dilation < 1:
+        raise ValueError(f"strides and dilations must be 1 or more; here is a block with {stride} and {dilation}")
     outplanes, downsample = planes * block.expansion, None
     if stride != 1 or inplanes != outplanes:
         downsample = conv_bn(inplanes, outplanes, 1, stride)
@@ -308,6 +330,7 @@ class ResNet(Backbone):
     LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (Bottleneck, [3, 4, 6, 3]),
               101: (Bottleneck, [3, 4, 23, 3]), 152: (Bottleneck, [3, 8, 36, 3])}
     FIXED = {"avg_down": [False], "stage_with_dcn": [[False] * 4]}
+    block_options: dict = {}
 
     def __init__(self, *, depth: int, stem_channels: int = 64, base_channels: int = 64, num_stages: int = 4,
                  strides: list[int] = (1, 2, 2, 2), dilations: list[int] = (1, 1, 1, 1), contract_dilation: bool = False,
@@ -335,7 +358,7 @@ class ResNet(Backbone):
                 grid = multi_grid
             planes, blocks = base_channels * 2 ** i, []
             for j in range(count):
-                blocks.append(residual_block(block, inplanes, planes, stride if j == 0 else 1, grid[j], **self.block_options()))
+                blocks.append(residual_block(block, inplanes, planes, stride if j == 0 else 1, grid[j], **self.block_options))
                 inplanes = planes * block.expansion
             self.add_module(name, nn.Sequential(*blocks))
         init_kaiming(self)
@@ -343,15 +366,11 @@ class ResNet(Backbone):
             if isinstance(m, block):
                 nn.init.zeros_(m.bn2.weight if block is BasicBlock else m.bn3.weight)
 
-    def block_options(self) -> dict:
-        return {}
-
     def forward(self, image: Tensor) -> list[Tensor]:
         x = self.stem(image) if hasattr(self, "stem") else F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, 64, H/2, W/2)
         x, outs = F.max_pool2d(x, 3, 2, 1), []  # (N, 64, H/4, W/4)
         for name in self.stages:
-            for block in getattr(self, name):
-                x = run(block, x, self.with_cp)
+            x = run(getattr(self, name), x, self.with_cp)
             outs.append(x)  # (N, 64 * 2**i * expansion, H/stride, W/stride)
         return [outs[i] for i in self.out_indices]
 
@@ -368,12 +387,9 @@ class ResNeXt(ResNet):
     LAYERS = {depth: layers for depth, layers in ResNet.LAYERS.items() if layers[0] is Bottleneck}
 
     def __init__(self, *, groups: int = 1, base_width: int = 4, **kwargs):
-        self.groups, self.base_width = groups, base_width
+        self.block_options = {"groups": groups, "base_width": base_width} if groups > 1 else {}
         super().__init__(**kwargs)
         self.torchvision_name = f"resnext{kwargs['depth']}_{groups}x{base_width}d"
-
-    def block_options(self) -> dict:
-        return {"groups": self.groups, "base_width": self.base_width} if self.groups > 1 else {}
 
 
 @dataclass
@@ -414,9 +430,7 @@ class HRModule(nn.Module):
                                for k in range(i - j)])
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        for i, branch in enumerate(self.branches):
-            for block in branch:
-                xs[i] = run(block, xs[i], self.with_cp)
+        xs = [run(branch, x, self.with_cp) for branch, x in zip(self.branches, xs)]
         return [F.relu(sum(resize(path(x), xs[i], False) for path, x in zip(paths, xs))) for i, paths in enumerate(self.fuse_layers)]
 
 
@@ -448,9 +462,7 @@ class HRNet(Backbone):
     def forward(self, image: Tensor) -> list[Tensor]:
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, 64, H/2, W/2)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)  # (N, 64, H/4, W/4)
-        for block in self.layer1:
-            x = run(block, x, self.with_cp)
-        xs = [x]
+        xs = [run(self.layer1, x, self.with_cp)]
         for transition, stage in ((self.transition1, self.stage2), (self.transition2, self.stage3), (self.transition3, self.stage4)):
             xs = stage([layer(xs[min(i, len(xs) - 1)]) for i, layer in enumerate(transition)])
         return [xs[i] for i in self.out_indices]  # (N, channels[i], H/4/2**i, W/4/2**i)
@@ -522,10 +534,10 @@ class PatchEmbed(nn.Module):
         return self.norm(self.projection(x).permute(0, 2, 3, 1))
 
 
-def init_transformer(module: nn.Module) -> None:
-    """Truncated normal of 0.02 for linear layers, zero for biases."""
+def init_transformer(module: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Truncated normal of 0.02 for linear layers and `kinds`, zero for their biases."""
     for m in module.modules():
-        if isinstance(m, nn.Linear):
+        if isinstance(m, (nn.Linear, *kinds)):
             nn.init.trunc_normal_(m.weight, std=0.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
@@ -559,9 +571,7 @@ class MixVisionTransformer(Backbone):
     def forward(self, image: Tensor) -> list[Tensor]:
         x, outs = image, []
         for embed, blocks, norm in self.layers:
-            x = embed(x).permute(0, 3, 1, 2)
-            for block in blocks:
-                x = run(block, x, self.with_cp)
+            x = run(blocks, embed(x).permute(0, 3, 1, 2), self.with_cp)
             x = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             outs.append(x)  # (N, embed_dims * num_heads[i], H/4/2**i, W/4/2**i)
         return [outs[i] for i in self.out_indices]
@@ -613,8 +623,7 @@ class MobileNetV2(Backbone):
     def forward(self, image: Tensor) -> list[Tensor]:
         x, outs = self.conv1(image), []  # (N, 32, H/2, W/2)
         for i in range(7):
-            for block in getattr(self, f"layer{i + 1}"):
-                x = run(block, x, self.with_cp)
+            x = run(getattr(self, f"layer{i + 1}"), x, self.with_cp)
             outs.append(x)
         return [outs[i] for i in self.out_indices]
 
@@ -661,18 +670,12 @@ class ConvNeXt(Backbone):
             self.stages.append(nn.Sequential(*[ConvNeXtBlock(channels, layer_scale_init_value, rate) for rate in rates]))
         for i in self.out_indices:
             self.add_module(f"norm{i}", LayerNorm2d(widths[i], 1e-6))
-        init_transformer(self)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)
+        init_transformer(self, nn.Conv2d)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x, outs = image, {}
         for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = down(x)
-            for block in stage:
-                x = run(block, x, self.with_cp)
+            x = run(stage, down(x), self.with_cp)
             if i in self.out_indices:
                 outs[i] = getattr(self, f"norm{i}")(x)  # (N, width * 2**i, H/4/2**i, W/4/2**i)
         return [outs[i] for i in self.out_indices]
@@ -817,8 +820,7 @@ class SwinTransformer(Backbone):
         image = F.pad(image, (0, -image.shape[3] % 4, 0, -image.shape[2] % 4))
         x, outs = self.drop(self.patch_embed(image)), {}  # (N, H/4, W/4, C)
         for i, stage in enumerate(self.stages):
-            for block in stage.blocks:
-                x = run(block, x, self.with_cp)
+            x = run(stage.blocks, x, self.with_cp)
             if i in self.out_indices:
                 outs[i] = getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2)  # (N, C * 2**i, H/4/2**i, W/4/2**i)
             x = stage.downsample(x) if hasattr(stage, "downsample") else x
@@ -840,9 +842,7 @@ BACKBONES = {c.__name__: c for c in (ResNet, ResNetV1c, ResNeXt, HRNet, MixVisio
                                      SwinTransformer)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Necks: list of feature maps -> list of feature maps
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------- Necks: list of feature maps -> list of feature maps
 class FPN(nn.Module):
     """Feature Pyramid Network (https://arxiv.org/abs/1612.03144): every map in `out_channels`, with what the coarser ones know."""
     FIXED = {"norm_cfg": [None], "act_cfg": [None], "start_level": [0], "end_level": [-1], "add_extra_convs": [False],
@@ -868,9 +868,7 @@ class FPN(nn.Module):
 NECKS = {"FPN": FPN}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Losses: logits (N, C, h, w) of any resolution and label (N, H, W) -> scalar
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------- Losses: logits (N, C, h, w) of any resolution and label (N, H, W) -> scalar
 CHUNK = 2 ** 25  # values of full-resolution logits that exist at a time: 128 MiB in float32
 
 
@@ -1101,9 +1099,7 @@ LOSSES = {c.__name__: c for c in (CrossEntropyLoss, DiceLoss, FocalLoss, LovaszL
 SAMPLERS = {"OHEMPixelSampler": OHEMPixelSampler}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Heads: list of feature maps -> logits (N, out_channels, h, w) at the head's own resolution, by name, the prediction first
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------- Heads: list of feature maps -> logits (N, out_channels, h, w) by name, the prediction first
 class DecodeHead(nn.Module):
     """What all heads share: which features they take, the classifier and the losses. A head of one's own defines `decode`.
 
@@ -1130,7 +1126,9 @@ class DecodeHead(nn.Module):
         self.num_classes, self.out_channels = num_classes, num_classes if out_channels is None else out_channels
         if self.out_channels != num_classes and (self.out_channels, num_classes) != (1, 2):
             raise ValueError(f"out_channels is {out_channels}; it can be num_classes, {num_classes}, or 1 where num_classes is 2")
-        self.threshold = 0.3 if threshold is None else threshold  # MMSegmentation's
+        if threshold is not None and not 0 < threshold < 1:
+            raise ValueError(f"threshold is {threshold}; it is a probability, between 0 and 1")
+        self.threshold = 0.5 if self.out_channels > 1 else threshold or 0.3  # MMSegmentation's
         losses = loss_decode if isinstance(loss_decode, (list, tuple)) else [loss_decode]
         self.loss_decode = nn.ModuleList(construct(LOSSES, {"type": "CrossEntropyLoss", **loss}, "loss_decode") for loss in losses)
         if self.out_channels == 1 and any(isinstance(x, CrossEntropyLoss) and not x.use_sigmoid for x in self.loss_decode):
@@ -1485,7 +1483,7 @@ class ANNHead(DecodeHead):
         (low, high), c, p = self.in_channels, self.channels, project_channels
 
         def pool(x: Tensor) -> Tensor:  # (N, C, h, w) -> (N, C, 110)
-            return torch.cat([F.adaptive_avg_pool2d(x, s).flatten(2) for s in key_pool_scales], 2)
+            return torch.cat([AdaptiveAvgPool(s)(x).flatten(2) for s in key_pool_scales], 2)
         self.fusion, self.context = nn.Module(), nn.Module()
         self.fusion.stages = nn.ModuleList([SelfAttentionBlock(high, low, p, high, scale=p ** -0.5, pool=pool)])
         self.fusion.bottleneck = ConvModule(2 * high, high, act=None)
@@ -1575,9 +1573,7 @@ HEADS = {c.__name__: c for c in (FCNHead, NLHead, GCHead, CCHead, PSPHead, UPerH
                                  DepthwiseSeparableASPPHead, DAHead, EncHead, ANNHead, OCRHead, PSAHead)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# The whole net
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------- The whole net
 class Segmentor(nn.Module):
     """Backbone, neck and heads. Of a list of decode heads, a cascade, each also gets the logits of the one before.
 
@@ -1645,9 +1641,7 @@ def assemble(*, backbone: dict, decode_head: dict | list[dict], auxiliary_head: 
                      heads(auxiliary_head, "model.auxiliary_head"), construct(NECKS, neck, "model.neck") if neck else None, weights)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Weights from files
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------- Weights from files
 OPENMMLAB = "https://download.openmmlab.com/"
 PRETRAINED = {  # the names that MMSegmentation's configs use
     **{name: f"{OPENMMLAB}pretrain/third_party/{file}.pth" for name, file in {

@@ -94,6 +94,22 @@ def test_parity(name: str):
         assert value.item() == pytest.approx(float(expected[key]), rel=1e-8), key
 
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+PUBLISHED = [path for name in NAMES if "_r50" in name for path in sorted(CONFIGS.glob(f"{name}_*_cityscapes.json"))]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_configs_hold_the_published_nets(path: Path):
+    """Strides, dilations and channels, which no checkpoint's keys would tell apart."""
+    described = json.loads((PARITY / f"{path.stem.rsplit('_', 3)[0]}.json").read_text())["model"]
+    with torch.device("meta"):
+        mine, theirs = models.build_model(json.loads(path.read_text())["model"]), models.build_model(described)
+    assert repr(mine.backbone) == repr(theirs.backbone)
+    assert repr(mine.neck) == repr(theirs.neck)
+    assert repr(mine.decode_head) == repr(theirs.decode_head)
+    assert repr(mine.auxiliary_head) == repr(theirs.auxiliary_head)
+
+
 @pytest.mark.parametrize("name", ["pspnet_r18b-d8", "segformer_mit-b0"])
 def test_trajectory(name: str):
     """Six steps; the parameter groups, the optimizer and the learning rates are the file's."""
@@ -209,6 +225,14 @@ def test_compiled(with_cp: bool):
     got = gradients(model, x, y)
     assert all(torch.allclose(got[k], expected[k], rtol=1e-4, atol=1e-5) for k in expected)
     assert all(b == 1 for key, b in model.named_buffers() if key.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize(("size", "grid"), [((13, 17), 6), ((64, 128), 3), ((5, 4), 6), ((8, 9), 1)])
+def test_pooling_by_matrices_is_pooling(size, grid, monkeypatch):
+    """The way taken on a GPU where everything must repeat bit for bit."""
+    x, pool = torch.randn(2, 3, *size, dtype=torch.float64), models.AdaptiveAvgPool(grid)
+    rows, columns = (pool.means(s, x) for s in size)
+    assert torch.allclose(rows @ x @ columns.T, F.adaptive_avg_pool2d(x, grid), rtol=1e-12)
 
 
 def test_initial_weights():
