@@ -587,6 +587,9 @@ class TrainSamples(Dataset):
         except DataError as error:
             return error                                                    # raised by the main process, without a worker's traceback
         (h, w), pixels = self.crop_size, samples[0][0]
+        if len({pixels.dtype for pixels, _, _ in samples}) > 1:
+            files = [f"{self.dataset.name(self.index(p))}: {str(s[0].dtype)[6:]}" for p, s in zip(positions, samples)]
+            return DataError(f"images of 8 bits and of more in one data set: {', '.join(files[:4])}. Convert them to one kind")
         image = torch.zeros(len(samples), h, w, len(pixels), dtype=pixels.dtype).permute(0, 3, 1, 2)       # (N, C, h, w), channels last
         label = torch.full((len(samples), h, w), IGNORE, dtype=torch.uint8)
         for n, (pixels, classes, _) in enumerate(samples):
@@ -680,6 +683,15 @@ def start_worker(number: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
+def lost_worker(error: Exception) -> DataError | None:
+    """What to say of an error that comes of a worker's death: a RuntimeError that torch raises wherever the main process is just then, or a
+    connection that breaks off. None if the error is another's."""
+    if not isinstance(error, (ConnectionError, EOFError)) and not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
+        return None
+    return DataError(f"a data worker has died or hangs: {error} If memory ran out (see dmesg), lower data.workers or data.batch_size; if it "
+                     "was shared memory, enlarge /dev/shm; or set data.workers=0")
+
+
 class Batches:
     """Runs `samples` over `indices`, lists of numbers, in worker processes; yields host batches in their order."""
 
@@ -698,11 +710,8 @@ class Batches:
                 if isinstance(batch, DataError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise DataError(f"a data worker has died or hangs: {error} If memory ran out (see dmesg), lower data.workers or "
-                            "data.batch_size; if it was shared memory, enlarge /dev/shm; or set data.workers=0") from error
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            raise lost_worker(error) or error from None
 
 
 class Data:
@@ -738,6 +747,11 @@ class Data:
                 raise DataError(f"data.{name}: {number} where 1 or more is needed")
         if workers < 0 or not 0 < ratio_range[0] <= ratio_range[1]:
             raise DataError(f"data: workers ({workers}) must be 0 or more, and ratio_range {list(ratio_range)} rise from above 0")
+
+    def to(self, device: torch.device) -> "Data":
+        """Keeps mean and std on `device`: to copy them at every step would make the host wait for the device."""
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
 
     def split(self, name: str):
         dataset = DATASETS[self.type](name, **self.keywords)
@@ -787,14 +801,13 @@ class Data:
         steps = (range(first, first + share) for first in itertools.count((start * self.accumulate * world + rank) * share, world * share))
         return iter(Batches(self.samples, steps, self.workers))
 
-    def val_batches(self, rank: int = 0, world: int = 1, scale: tuple[int, int] | None = None, batch_size: int = 1,
-                    max_images: int | None = None) -> Batches:
-        """Each image of the validation split (or of its first max_images) once over all ranks; those of one size share a batch.
+    def val_batches(self, rank: int = 0, world: int = 1, scale: tuple[int, int] | None = None, batch_size: int = 1) -> Batches:
+        """Each image of the validation split once over all ranks; those of one size share a batch.
 
         A batch: image (n, C, h, w), scaled to fit into `scale` if given; label (n, H, W) uint8 at its own size; index (n,) in the split.
         """
         groups = {}
-        for i in range(len(self.val))[:max_images][rank::world]:
+        for i in range(len(self.val))[rank::world]:
             groups.setdefault(self.val.size(i) if batch_size > 1 else i, []).append(i)
         batches = [group[k:k + batch_size] for group in groups.values() for k in range(0, len(group), batch_size)]
         return Batches(ValSamples(self.val, scale), batches, min(self.workers, len(batches)))
@@ -805,7 +818,7 @@ class Data:
         image = host.to(device, non_blocking=True).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         if "colour" in batch and self.sampling["photometric"] and host.dtype == torch.uint8 and host.shape[1] == 3:
             image = distort(image, batch["colour"].to(device, non_blocking=True))
-        image = image.sub_(self.mean.to(device)).div_(self.std.to(device))
+        image = image.sub_(self.mean).div_(self.std)
         if "valid" in batch and bool((batch["valid"] != torch.tensor(host.shape[2:])).any()):        # known on the host: no sync
             height, width = batch["valid"].to(device, non_blocking=True)[:, :, None, None].unbind(1)     # (n, 1, 1) each
             y, x = (torch.arange(size, device=device) for size in host.shape[2:])

@@ -2,9 +2,12 @@
 
 Everything works without a process group too: then there is one process, rank 0 of 1.
 """
+import contextlib
 import datetime
+import inspect
 import os
 import signal
+import threading
 import time
 
 import torch
@@ -104,9 +107,9 @@ class MeanOverProcesses:
 
     def result(self) -> list[float]:
         if self.event:
-            end = time.monotonic() + self.timeout  # a lost process would leave event.synchronize() waiting for ever
+            end = time.monotonic() + 0.8 * self.timeout  # a lost process would leave event.synchronize() waiting for ever
             while not self.event.query():
-                if time.monotonic() > end:
+                if time.monotonic() > end:  # before NCCL's own watchdog, which would end this process without a word
                     raise ProcessError(f"no answer from the other processes for {self.timeout:.0f} s")
                 time.sleep(1e-4)
         elif self.work:
@@ -171,19 +174,25 @@ def distribute(model: nn.Module) -> nn.Module:
     synchronise_batch_norm(model)
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
-    device = next(model.parameters()).device
-    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+    device, ddp = next(model.parameters()).device, nn.parallel.DistributedDataParallel
+    newer = "forward_sync_buffers" in inspect.signature(ddp).parameters  # which torch 2.14 has in place of broadcast_buffers
+    options = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # SyncBN keeps them equal
+    return ddp(model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **options)
 
 
 def lost_ranks(patience: float = 5) -> list[int]:
     """Which ranks do not answer, asked when a collective has failed: every process that still runs says so in the store."""
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        store.set(f"alive/{rank()}", "")
-        time.sleep(patience)
-        return [r for r in range(world()) if not store.check([f"alive/{r}"])]
-    except RuntimeError:  # the store went down with the process that held it
-        return [0]
+    store, answered = dist.distributed_c10d._get_default_store(), []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):  # the store went down with the process that held it
+            store.set(f"alive/{rank()}", "")
+            time.sleep(patience)
+            answered.extend(r for r in range(world()) if store.check([f"alive/{r}"]))
+    asking = threading.Thread(target=ask, daemon=True)  # a store whose process was halted does not even refuse
+    asking.start()
+    asking.join(2 * patience)
+    return [r for r in range(world()) if r not in answered] if answered else [0]
 
 
 class StopSignal:
@@ -196,6 +205,8 @@ class StopSignal:
     received = 0
 
     def _note(self, number: int, frame: object) -> None:
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt  # Ctrl-C once more
         self.received = number
 
     def __enter__(self) -> "StopSignal":

@@ -40,8 +40,9 @@ class LaunchError(ValueError):
 class Job:
     """What every task runs: meet the others, train, come back if stopped. submitit pickles it by name, so it holds plain values."""
 
-    def __init__(self, argv: list[str], work_dir: Path, resume_from: str | None, port: int, timeout: float):
-        self.argv, self.work_dir, self.resume_from, self.port, self.timeout = argv, work_dir, resume_from, port, timeout
+    def __init__(self, argv: list[str], config: Path, work_dir: Path, resume_from: str | None, port: int, timeout: float):
+        self.argv = [*argv, "--config", str(config), "--work-dir", str(work_dir)]
+        self.config, self.work_dir, self.resume_from, self.port, self.timeout = config, work_dir, resume_from, port, timeout
         self.submitted = time.time()
 
     def __call__(self) -> str:
@@ -65,7 +66,8 @@ class Job:
             store = self.meet(task.hostnames[0] if self.slurm else "localhost", task.num_tasks) if task.num_tasks > 1 else None
             dist_utils.init(store, self.timeout)
             # A restart goes on from the job's own last checkpoint; the first start, and one before there is any, from what was asked for.
-            own = newest is not None and newest.stat().st_mtime > self.submitted
+            # Both times are by the clock of one file server; one rank decides, as others may see an older state of it.
+            own = dist_utils.from_rank_0(newest is not None and newest.stat().st_mtime >= self.config.stat().st_mtime)
             try:
                 ending = train.main(self.argv + (["--resume-from", "auto" if own else self.resume_from] if self.resume_from else []))
             except dist_utils.ProcessError as error:
@@ -295,8 +297,7 @@ def launch(args: argparse.Namespace, rest: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         train.write_whole(copy, lambda file: file.write(json.dumps(config).encode()))
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's refusal, which it raises too
-            job = executor.submit(Job([*rest, "--config", str(copy), "--work-dir", str(work_dir)], work_dir,
-                                      run.resume_from or (None if run.eval_only else "auto"), int(port), config["timeout"]))
+            job = executor.submit(Job(rest, copy, work_dir, run.resume_from or (None if run.eval_only else "auto"), int(port), config["timeout"]))
     except OSError as error:
         raise LaunchError(f"work_dir {work_dir} cannot be written: {error}. Name another by --work-dir.") from None
     except submitit.core.utils.FailedJobError as error:

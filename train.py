@@ -8,6 +8,7 @@ Read from the bottom: `run` is the recipe, what stands above it are its steps.
 import argparse
 import ast
 import contextlib
+import fcntl
 import inspect
 import json
 import math
@@ -37,7 +38,7 @@ import dist_utils
 import models
 from data import Data, DataError
 from dist_utils import ProcessError
-from models import ConfigError, Segmentor, check_keywords, keywords, nearest
+from models import ConfigError, Segmentor, check_keywords, fits, keywords, nearest
 
 
 class CheckpointError(ValueError):
@@ -141,16 +142,17 @@ def override(config: dict, option: str) -> None:
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = read(text)
             break
-    *sections, last = key.split(".")
-    node = config
-    for name in sections + [last]:
-        if isinstance(node, list) and not (name.isdigit() and int(name) < len(node)):
+    node, names = config, key.split(".")
+    for depth, name in enumerate(names, 1):
+        if isinstance(node, list) and not (name.isdecimal() and int(name) < len(node)):
             raise ConfigError(f"--options {option}: {name} is no position in a list of {len(node)}")
         if not isinstance(node, (dict, list)):
             raise ConfigError(f"--options {option}: what {name} should stand in is {node!r}, not a section")
-        if name is not last:
-            node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
-    node[int(last) if isinstance(node, list) else last] = value
+        place = int(name) if isinstance(node, list) else name
+        if depth == len(names):
+            node[place] = value
+        else:
+            node = node[place] if isinstance(node, list) else node.setdefault(place, {})
 
 
 def check_config(config: dict) -> None:
@@ -160,6 +162,10 @@ def check_config(config: dict) -> None:
         if config[section].get("interval", 1) < 1:
             raise ConfigError(f"{section}.interval is {config[section]['interval']}; it must be at least 1")
     check_keywords(data_keywords(config["data"]), config["data"], "data")
+    for section, names in (("schedule", ("iteration", "base_lr")), ("optimizer", ("model", "params")), ("data", ("split", "seed"))):
+        for name in names:
+            if name in config[section]:
+                raise ConfigError(f"{section}.{name} is what the run itself gives; leave it out")
     check_keywords(learning_rate, {"iteration": 0, "base_lr": 0.0} | config["schedule"], "schedule")
     if min(config["data"]["crop_size"]) < 1:
         raise ConfigError(f"data.crop_size is {config['data']['crop_size']}; expected [height, width] above 0")
@@ -171,16 +177,20 @@ def check_config(config: dict) -> None:
     settings = Evaluation(**config["evaluation"])
     problems = {
         "precision": config["precision"] not in ("auto", "fp32", "bf16", "fp16", "fp64") and "expected auto, fp32, bf16, fp16 or fp64",
+        "seed": config["seed"] < 0 and "expected 0 or more",
         "clip_grad": config["clip_grad"] is not None and not config["clip_grad"] > 0 and "expected a number above 0, or null",
         "timeout": not config["timeout"] > 0 and "expected seconds above 0",
         "schedule.max_iters": config["schedule"]["max_iters"] < 1 and "expected at least 1",
+        "schedule.warmup_iters": config["schedule"].get("warmup_iters", 0) < 0 and "expected 0 or more",
         "checkpoint.keep": Checkpoint(**config["checkpoint"]).keep < 1 and "expected at least 1",
         "evaluation.batch_size": settings.batch_size < 1 and "expected at least 1",
+        "evaluation.scale": settings.scale and min(settings.scale) < 1 and "expected [width, height] above 0, or null",
+        "evaluation.ratios": not (settings.ratios and min(settings.ratios) > 0) and "expected scales above 0",
         "evaluation.mode": settings.mode not in ("whole", "slide") and "expected whole or slide",
         "evaluation.crop_size": settings.mode == "slide" and not (settings.crop_size and min(settings.crop_size) > 0)
         and "mode slide needs [height, width] of a window",
-        "evaluation.stride": settings.mode == "slide" and not (settings.stride and min(settings.stride) > 0)
-        and "mode slide needs [down, right], the pixels from one window to the next",
+        "evaluation.stride": settings.mode == "slide" and not (settings.stride and all(0 < s <= c for s, c in zip(settings.stride, settings.crop_size or ())))
+        and "mode slide needs [down, right], the pixels from one window to the next, at most crop_size, or pixels would be left out",
     }
     for key, problem in problems.items():
         if problem:
@@ -193,10 +203,11 @@ def check_config(config: dict) -> None:
 
 def data_keywords(section: dict):
     """Something to check the `data` section by: the keywords of Data and of the data set that `type` names."""
-    if section.get("type") not in data.DATASETS:
+    if section.get("type") not in list(data.DATASETS):
         raise ConfigError(f"data.type is {section.get('type')!r}; {nearest(str(section.get('type')), list(data.DATASETS))}")
     def keywords_of_data(): ...
     known = keywords(data.DATASETS[section["type"]]) | keywords(Data)
+    keywords_of_data.__name__ = f"data set {section['type']}"
     keywords_of_data.__signature__ = inspect.Signature(p.replace(kind=p.KEYWORD_ONLY) for name, p in known.items() if name not in ("split", "seed"))
     return keywords_of_data
 
@@ -217,15 +228,18 @@ def build_optimizer(model: nn.Module, type: str, lr: float, paramwise: dict | No
     MMSegmentation's `custom_keys` around them is taken too. Where none occurs, `norm_decay_mult` applies to the parameters of norm layers,
     `bias_lr_mult` and `bias_decay_mult` to the biases of the others. Each group keeps its `lr_mult`; parameters that share multipliers share a group.
     """
-    optimizer = getattr(torch.optim, type, None)
-    if not (inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)) or optimizer is torch.optim.Optimizer:
-        raise ConfigError(f"optimizer.type is {type!r}; expected the name of a class in torch.optim, such as SGD or AdamW")
+    optimizer = getattr(torch.optim, str(type), None)
+    usable = inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer) and optimizer is not torch.optim.Optimizer
+    if not usable or type in ("LBFGS", "SparseAdam"):  # which need a closure, and sparse gradients
+        raise ConfigError(f"optimizer.type is {type!r}; expected the name of a class in torch.optim for dense gradients, such as SGD or AdamW")
     check_keywords(optimizer, {"params": [], "lr": lr} | options, "optimizer")
     rules = dict(paramwise or {})
+    if not isinstance(rules.get("custom_keys", {}), dict):
+        raise ConfigError(f"optimizer.paramwise.custom_keys is {rules['custom_keys']!r}; expected a section")
     rules |= rules.pop("custom_keys", {})
     general = {key: rules.pop(key, 1.0) for key in ("norm_decay_mult", "bias_lr_mult", "bias_decay_mult")}
-    for part, rule in rules.items():
-        if not isinstance(rule, dict) or not rule.keys() <= {"lr_mult", "decay_mult"}:
+    for part, rule in [*rules.items(), *((key, {"lr_mult": value}) for key, value in general.items())]:
+        if not isinstance(rule, dict) or not rule.keys() <= {"lr_mult", "decay_mult"} or not all(fits(value, float) for value in rule.values()):
             raise ConfigError(f"optimizer.paramwise.{part} is {rule!r}; expected {{\"lr_mult\": x, \"decay_mult\": y}}, or one of {', '.join(general)}")
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     groups = {}
@@ -244,14 +258,15 @@ def build_optimizer(model: nn.Module, type: str, lr: float, paramwise: dict | No
             else:
                 multipliers = 1.0, 1.0
             groups.setdefault(multipliers, []).append(parameter)
-    decay = options.get("weight_decay", inspect.signature(optimizer).parameters["weight_decay"].default if groups.keys() != {(1.0, 1.0)} else 0.0)
+    defaults = inspect.signature(optimizer).parameters
+    decay = options.get("weight_decay", defaults["weight_decay"].default if "weight_decay" in defaults else 0.0)
     groups = [{"params": parameters, "lr": lr * lr_mult, "lr_mult": lr_mult} | ({} if decay_mult == 1.0 else {"weight_decay": decay * decay_mult})
               for (lr_mult, decay_mult), parameters in groups.items()]
-    if "fused" in inspect.signature(optimizer).parameters:
+    if "fused" in defaults and not options.get("foreach") and not options.get("differentiable"):
         options = {"fused": next(model.parameters()).device.type in ("cpu", "cuda")} | options
     try:
         return optimizer(groups, lr=lr, **options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {error}") from None
 
 
@@ -297,6 +312,16 @@ def link(path: Path, name: Path) -> None:
         write_whole(name, lambda file: file.write(path.read_bytes()))
 
 
+class Absent:
+    """Takes the place of the log that MMEngine keeps in its checkpoints as Python objects, so that the tensors beside it can be read. Does nothing."""
+
+    def __init__(self, *arguments: object, **keywords: object): ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint, onto the CPU, without running code that may be in it. Raises CheckpointError."""
     path = Path(path)
@@ -308,9 +333,16 @@ def load_checkpoint(path: str | Path) -> dict:
                 damaged = archive.testzip()
             if damaged:
                 raise CheckpointError(f"record {damaged} does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            names = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if re.match(r"(mmengine|numpy)\.|builtins\.getattr$", n)]
+        else:
+            names = []
+        with torch.serialization.safe_globals([(Absent, name) for name in names]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"it holds a {type(content).__name__}, where a dict of tensors is expected")
+        return content
     except Exception as error:  # damage can show anywhere in the reader
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.sub(r"\x1b\[\d+m", "", str(error)).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged, or holds Python objects, which could run code and are not loaded: {reason}. "
                               "Take another file, or --resume-from auto for the newest good one of the work_dir.") from None
 
@@ -330,8 +362,10 @@ def find_checkpoint(work_dir: Path) -> tuple[Path | None, list[str]]:
     complaints = []
     for path in newest_checkpoints(work_dir):
         try:
-            load_checkpoint(path)
-            return path, complaints
+            bad = not_finite(load_checkpoint(path))
+            if not bad:
+                return path, complaints
+            complaints.append(f"checkpoint {path} holds values that are not finite, in {bad[0]}")
         except CheckpointError as error:
             complaints.append(str(error))
     if complaints:
@@ -339,10 +373,13 @@ def find_checkpoint(work_dir: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def restore(checkpoint: dict, path: Path, model: Segmentor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def restore(checkpoint: dict, path: Path, config: dict, model: Segmentor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """Puts a checkpoint of this code into net, optimizer and loss scaler. Raises CheckpointError if it is of another net."""
     if not checkpoint.keys() >= {"state_dict", "optimizer", "iteration", "scaler"}:
         raise CheckpointError(f"{path} is no checkpoint of train.py: it cannot be resumed. Its weights alone may be taken by --load-from {path}.")
+    before, now = (c.get("config", {}).get("optimizer", {}).get("type") for c in (checkpoint, {"config": config}))
+    if before not in (None, now):
+        raise CheckpointError(f"{path} holds the state of {before}, the config says {now}. Go on with {before}, or take the weights alone by --load-from {path}.")
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         model.load_state_dict(checkpoint["state_dict"])
@@ -378,35 +415,59 @@ class WorkDir:
     """The folder of a run: config.json, train.log, metrics.jsonl, checkpoints, TensorBoard's files (where that is installed).
 
     Rank 0 writes; on other ranks the methods do nothing. `fresh`: a new run, which refuses a folder that holds one; else one that goes on from
-    iteration `start`. `sizes`: the bytes of each log at its checkpoint: what was written later will be written again, so it is cut off.
+    iteration `start`, or, if that is None, an evaluation, which only adds to the logs. `sizes`: the bytes of each log at the checkpoint: what was
+    written later will be written again, so it is cut off.
     """
     LOGS = ("train.log", "metrics.jsonl")
 
-    def __init__(self, path: Path, config: dict, fresh: bool, start: int, sizes: dict, keep: int):
+    def __init__(self, path: Path, config: dict, fresh: bool, start: int | None, sizes: dict, keep: int):
         self.path, self.keep, self.failed, self.logs, self.board = path, keep, None, (), None
         if dist_utils.rank():
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
-            found = newest_checkpoints(path)
-            if fresh and found:
-                raise ConfigError(f"work_dir {path} already holds a run, up to {found[0].name}. Go on with it by --resume-from auto, "
-                                  "or name another --work-dir; nothing was overwritten.")
-            for newer in found:
-                if iteration_of(newer) > start:  # damaged, or of a course that this run leaves by resuming before it
-                    os.replace(newer, f"{newer}.old")
-            for leftover in path.glob(".*.tmp"):
-                leftover.unlink()
-            write_whole(path / "config.json", lambda file: file.write(json.dumps(config | {"run": describe_run()}, indent=1).encode()))
-            for name in self.LOGS:
-                if (path / name).exists() and (path / name).stat().st_size > sizes.get(name, math.inf):
-                    os.truncate(path / name, sizes[name])
+            if start is not None:
+                self.take(config, fresh, start, sizes)
             self.logs = [open(path / name, "a", buffering=1) for name in self.LOGS]
         except OSError as error:
             raise ConfigError(f"work_dir {path} cannot be written: {error}. Name another with --work-dir.") from None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(path / "tensorboard"), purge_step=start)
+
+    def take(self, config: dict, fresh: bool, start: int, sizes: dict) -> None:
+        """Makes the folder this run's own, as it was at iteration `start`."""
+        self.lock()
+        found = sorted(self.path.glob("*.pth"))
+        if fresh and found:
+            raise ConfigError(f"work_dir {self.path} already holds a run: {found[-1].name}. Go on with it by --resume-from auto, or name another --work-dir; "
+                              "nothing was overwritten.")
+        for newer in newest_checkpoints(self.path):
+            if iteration_of(newer) > start:  # damaged, or of a course that this run leaves by resuming before it
+                os.replace(newer, f"{newer}.old")
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink()
+        write_whole(self.path / "config.json", lambda file: file.write(json.dumps(config | {"run": describe_run()}, indent=1).encode()))
+        for name in self.LOGS:
+            log = self.path / name
+            if log.exists() and log.stat().st_size > sizes.get(name, math.inf):
+                os.truncate(log, max(0, int(sizes[name])))
+
+    def lock(self, patience: float = 150) -> None:
+        """One run at a time: two would overwrite each other's checkpoints. A file server may hold the lock of a lost machine for a while."""
+        self.locked, end = open(self.path / ".lock", "a"), time.monotonic() + patience
+        while True:
+            try:
+                return fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ConfigError(f"another run is at work in {self.path}: name another --work-dir, or end that one. If there is none, its machine was lost: "
+                                      f"remove {self.path / '.lock'}") from None
+                if end - time.monotonic() > patience - 0.5:
+                    tqdm.write(f"waiting for another run in {self.path} to end")
+                time.sleep(1)
+            except OSError:  # a file system without locks
+                return None
 
     def line(self, text: str) -> None:
         if self.logs:
@@ -419,7 +480,8 @@ class WorkDir:
         if self.board:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{mode}/{name}", value, iteration)
+                    with contextlib.suppress(OSError):
+                        self.board.add_scalar(f"{mode}/{name}", value, iteration)
 
     def write(self, log: int, text: str) -> None:
         try:
@@ -437,13 +499,18 @@ class WorkDir:
         self.line(f"saving {', '.join(names)}")
         sizes = {name: os.fstat(log.fileno()).st_size for name, log in zip(self.LOGS, self.logs)}
         try:
+            self.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             write_whole(self.path / names[0], lambda file: torch.save(content | {"logs": sizes}, file))
             for name in names[1:]:
                 link(self.path / names[0], self.path / name)
-            for old in newest_checkpoints(self.path)[self.keep:]:
+            for old in [*newest_checkpoints(self.path)[self.keep:], *self.path.glob("iter_*.pth.old")]:
                 old.unlink()
+            if self.board:
+                self.board.flush()
             self.failed = None
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            while error.__context__:  # to what the operating system said, which torch.save speaks over
+                error = error.__context__
             self.failed = f"checkpoint {self.path / names[0]} could not be written: {error}"
             self.line(f"{self.failed}; the earlier ones stand, the run goes on to the next")
 
@@ -510,16 +577,19 @@ def infer_augmented(model: Segmentor, image: Tensor, size: tuple[int, int], sett
     return (total / (2 * len(settings.ratios))).clamp_min(1e-12).log()
 
 
-def classify(logits: Tensor, label: Tensor, align_corners: bool, chunk: int = 32) -> tuple[Tensor, Tensor]:
+def classify(logits: Tensor, label: Tensor, align_corners: bool, threshold: float = 0.5, chunk: int = 32) -> tuple[Tensor, Tensor]:
     """The best class (N, H, W) of each pixel of `label` (N, H, W), and the sum of cross entropy over the valid ones.
 
-    Logits (N, classes, h, w) are up-sampled `chunk` classes at a time, so that memory does not grow with their number.
+    Logits (N, classes, h, w) are up-sampled `chunk` classes at a time, so that memory does not grow with their number. `threshold`: the
+    probability beyond which class 1 of two is taken.
     """
     best = best_class = log_sum = None
     own = torch.zeros(label.shape, device=logits.device)
     for first in range(0, logits.size(1), chunk):
         part = F.interpolate(logits[:, first:first + chunk], label.shape[1:], mode="bilinear", align_corners=align_corners)
         top, index = part.max(1)
+        if threshold != 0.5:
+            index = (part[:, 1] - part[:, 0] > math.log(threshold / (1 - threshold))).long()
         at = label.long() - first
         own += part.gather(1, at.clamp(0, part.size(1) - 1)[:, None])[:, 0] * ((at >= 0) & (at < part.size(1)))
         if first == 0:
@@ -538,8 +608,8 @@ def scores(confusion: Tensor) -> dict:
     confusion = confusion.double().cpu()
     hit, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     per_class = {"IoU": hit / (truth + predicted - hit), "Acc": hit / truth, "Precision": hit / predicted, "Dice": 2 * hit / (truth + predicted)}
-    result = {"mIoU": 0.0, "mAcc": 0.0, "aAcc": (hit.sum() / truth.sum()).item()}
-    result |= {f"m{name}": values.nanmean().item() for name, values in per_class.items()}
+    result = {"mIoU": 0.0, "mAcc": 0.0, "aAcc": (hit.sum() / truth.sum().clamp(min=1)).item()}
+    result |= {f"m{name}": values.nanmean().nan_to_num(0.0).item() for name, values in per_class.items()}
     result["mFscore"] = result["mDice"]
     return result | {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in per_class.items()}
 
@@ -572,8 +642,11 @@ def write_preview(path: Path, image: Tensor, label: Tensor, prediction: Tensor, 
     sheet.paste(Image.fromarray(image.byte().permute(1, 2, 0).cpu().numpy()).resize(size), (0, 0))
     sheet.paste(coloured(label, palette).convert("RGB"), (size[0], 0))
     sheet.paste(coloured(prediction, palette).convert("RGB"), (2 * size[0], 0))
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, lambda file: sheet.save(file, "png"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: sheet.save(file, "png"))
+    except OSError as error:  # a full disk costs a picture, not the run
+        tqdm.write(f"{path}: {error}")
 
 
 @torch.inference_mode()
@@ -585,8 +658,9 @@ def evaluate(model: Segmentor, source: Data, device: torch.device, settings: Eva
     and `confusion`; None if `interrupted()` on any process. `augment`: several scales and mirror images. `preview`: a PNG of the first
     image. `show_dir`: a PNG of each prediction.
     """
-    training, classes = model.training, len(source.classes)
+    training, classes, tuned = model.training, len(source.classes), torch.backends.cudnn.benchmark
     model.eval()
+    torch.backends.cudnn.benchmark = False  # which would try out all algorithms for every size of image
     confusion = torch.zeros(classes * classes + 1, dtype=torch.int64, device=device)  # the last counts ignored pixels
     loss = torch.zeros((), dtype=torch.float64, device=device)
     batches = source.val_batches(dist_utils.rank(), dist_utils.world(), settings.scale, settings.batch_size if settings.mode == "whole" else 1)
@@ -599,7 +673,7 @@ def evaluate(model: Segmentor, source: Data, device: torch.device, settings: Eva
         image = image.to(next(model.parameters()).dtype)
         with autocast():
             logits = infer_augmented(model, image, label.shape[1:], settings) if augment else infer(model, image, settings)
-        prediction, batch_loss = classify(logits, label, model.align_corners)
+        prediction, batch_loss = classify(logits, label, model.align_corners, model.threshold)
         loss += batch_loss
         cell = torch.where(label == 255, classes * classes, label.long() * classes + prediction)
         confusion += torch.bincount(cell.flatten(), minlength=classes * classes + 1)
@@ -607,13 +681,18 @@ def evaluate(model: Segmentor, source: Data, device: torch.device, settings: Eva
             write_preview(preview, batch["image"][0], label[0], prediction[0], source.palette)
         if show_dir:  # the one thing that each process writes for itself: its own images
             for index, classes_of in zip(batch["index"], prediction):
-                coloured(classes_of, source.palette).save(show_dir / f"{int(index):06d}_{Path(source.val.name(int(index))).stem}.png")
+                path = show_dir / f"{int(index):06d}_{Path(source.val.name(int(index))).stem}.png"
+                try:
+                    coloured(classes_of, source.palette).save(path)
+                except OSError as error:
+                    tqdm.write(f"{path}: {error}")
     model.train(training)
+    torch.backends.cudnn.benchmark = tuned
     if dist_utils.sum_over_processes(broken):
         return None
     dist_utils.sum_over_processes(confusion), dist_utils.sum_over_processes(loss)
     confusion = confusion[:-1].view(classes, classes)
-    return scores(confusion) | {"loss": (loss / confusion.sum()).item(), "confusion": confusion.tolist()}
+    return scores(confusion) | {"loss": (loss / confusion.sum().clamp(min=1)).item(), "confusion": confusion.tolist()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- the run
@@ -634,13 +713,16 @@ def dry_run(config: dict, batch: int) -> Segmentor:
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda module, inputs, name=name: entered.append((name, module, inputs)))
         try:
-            model(torch.zeros(batch, model.in_channels, *config["data"]["crop_size"]))
+            size = config["data"]["crop_size"]
+            model(torch.zeros(batch, model.in_channels, *size), torch.zeros(batch, *size, dtype=torch.uint8))
         except NotImplementedError:  # a net of one's own may use operations without a meta kernel
             pass
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             if "more than 1 value per channel" in str(error):
                 raise ConfigError(f"a batch norm of this net would see one value a channel, which has no variance: a process takes {batch} image at a time and "
                                   "a layer pools it to 1 x 1. Raise data.batch_size, lower data.accumulate, or start more processes.") from None
+            if not entered:
+                raise ConfigError(f"data.crop_size: {config['data']['crop_size']}: {error}") from None
             name, module, inputs = entered[-1]
             shapes = [list(x.shape) for x in inputs if isinstance(x, Tensor)]
             raise ConfigError(f"model: its parts do not fit together: {name}, {module}, fed with {shapes}: {error}") from error
@@ -703,35 +785,35 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     scaler = torch.amp.GradScaler(device.type, enabled=low == torch.float16)
 
     # ---- data
-    source = Data(**config["data"], seed=config["seed"])
-    if not args.eval_only:
-        if world == 1:  # several processes share their statistics
-            dry_run(config, max(1, source.batch_size // source.accumulate))
+    source = Data(**config["data"], seed=config["seed"]).to(device)
+    if not args.eval_only and world == 1 and source.batch_size == source.accumulate:  # several processes share their statistics
+        dry_run(config, 1)
     source.check(train=not args.eval_only, val=args.eval_only or not args.no_validate)
 
     # ---- net and optimizer
     torch.manual_seed(config["seed"])
     model = models.build_model(config["model"])
-    if model.num_classes != len(source.classes):
-        raise ConfigError(f"model.decode_head.num_classes is {model.num_classes}, but data set {config['data']['type']} has {len(source.classes)} classes: "
-                          f"{', '.join(source.classes[:8])}... They must agree (in the auxiliary head too).")
+    for name, head in [*model.named(model.decode_head, "decode_head"), *model.named(model.auxiliary_head, "auxiliary_head")]:
+        if head.num_classes != len(source.classes):
+            raise ConfigError(f"model.{name}.num_classes is {head.num_classes}, but data set {config['data']['type']} has {len(source.classes)} classes: "
+                              f"{', '.join(source.classes[:8])}... They must agree.")
     model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, **config["optimizer"])
 
     # ---- where to start: --resume-from before --load-from before the backbone's `pretrained`
-    start, best, sizes, notes = 0, None, {}, []
+    start, best, notes = 0, None, []
+    sizes = dict.fromkeys(WorkDir.LOGS, 0)  # what is there without a checkpoint is of a try that ended before its first
     path, complaints = args.resume_from, []
     if path == "auto":
         path, complaints = dist_utils.from_rank_0(find_checkpoint(work_dir) if rank == 0 else None)
         notes += complaints + ["no checkpoint yet: starting afresh"] * (path is None)
     checkpoint = load_checkpoint(path) if path else {}
     if path:
-        restore(checkpoint, path, model, optimizer, scaler)
-        start, best = checkpoint["iteration"], checkpoint["best"]
+        restore(checkpoint, path, config, model, optimizer, scaler)
+        start, best = checkpoint["iteration"], checkpoint.get("best")
         notes += [f"resumed from {path} at iteration {start}"]
-        notes += [f"changed since then: {line}" for line in differences(checkpoint["config"], config)]
-        if Path(path).resolve().parent == work_dir.resolve() and not args.eval_only:
-            sizes = checkpoint["logs"]
+        notes += [f"changed since then: {line}" for line in differences(checkpoint.get("config", config), config)]
+        sizes = checkpoint.get("logs", {}) if Path(path).resolve().parent == work_dir.resolve() else {}
     elif args.load_from:
         content = load_checkpoint(args.load_from)
         notes += [f"weights from {args.load_from}: " + models.load_weights(model, content.get("state_dict", content))]
@@ -745,7 +827,7 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     batches = None if args.eval_only else source.train_batches(rank, world, start)
 
     # ---- work_dir
-    folder = WorkDir(work_dir, config, not (path or args.eval_only), start, sizes, checkpointing.keep)
+    folder = WorkDir(work_dir, config, not path, None if args.eval_only else start, sizes, checkpointing.keep)
     folder.line(f"{model_summary(model)}; {world} process(es) on {device.type}, {low or dtype}; work_dir {work_dir}")
     for note in notes:
         folder.line(note)
@@ -754,8 +836,6 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
         """Evaluates and logs. Returns whether this is the best so far; None if interrupted."""
         nonlocal best
         began, show_dir = time.perf_counter(), Path(args.show_dir) if args.show_dir else None
-        if show_dir:
-            show_dir.mkdir(parents=True, exist_ok=True)
         result = evaluate(model, source, device, settings, autocast, args.aug_test, work_dir / "preview" / f"iter_{done}.png", show_dir, interrupted)
         if result is None:
             return None
@@ -774,6 +854,11 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
                                 "stands. Lower the learning rate, or set clip_grad, or precision=fp32.")
         folder.save(content, names)
 
+    if args.show_dir:
+        try:
+            Path(args.show_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--show-dir {args.show_dir} cannot be written: {error}") from None
     if args.eval_only:
         validate(start)
         return "done"
@@ -781,10 +866,11 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     # ---- the loop
     quiet = rank > 0 or not sys.stderr.isatty()
     with contextlib.closing(batches), dist_utils.StopSignal() as stop, tqdm(total=max_iters, initial=start, disable=quiet) as bar:
-        if path and not checkpoint["validated"] and not args.no_validate and validate(start):
+        if not checkpoint.get("validated", True) and not args.no_validate and validate(start):
             save(["best.pth"], start)
         since, first, waited = time.perf_counter(), start, 0.0
         for iteration in range(start, max_iters):
+            lr = learning_rate(iteration, config["optimizer"]["lr"], **config["schedule"])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration, config["optimizer"]["lr"] * group["lr_mult"], **config["schedule"])
             torch.manual_seed(step_seed(config["seed"], iteration, rank))  # dropout
@@ -792,7 +878,9 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
             if not math.isfinite(losses["loss"]):
                 replay = work_dir / f"not_finite_iter_{iteration}.pth"
                 folder.save(snapshot(model, optimizer, scaler, config, source, iteration, best), [replay.name])
-                raise TrainingError(not_finite_message(iteration, losses, source, work_dir, replay))
+                dist_utils.barrier()  # who ends first ends the others, and with them the saving
+                broken = not_finite({name: parameter.data for name, parameter in model.named_parameters()})
+                raise TrainingError(not_finite_message(iteration, losses, broken if iteration > start else [], source, work_dir, replay))
             if iteration == start:
                 check_gradients(model, folder)
             if config["clip_grad"]:
@@ -806,10 +894,10 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
             logged = done % log_interval == 0 or done == max_iters
             if logged:
                 seconds = (time.perf_counter() - since) / (done - first)
-                report(folder, done, max_iters, optimizer.param_groups[0]["lr"], seconds, waited / (done - first), device, losses)
+                report(folder, done, max_iters, lr, seconds, waited / (done - first), device, losses)
             if logged or done == start + 1:  # in the first, workers start and libraries tune themselves, which says nothing of the others
                 since, first, waited = time.perf_counter(), done, 0.0
-            bar.set_postfix(loss=f"{losses['loss']:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.2e}", refresh=False)
+            bar.set_postfix(loss=f"{losses['loss']:.4f}", lr=f"{lr:.2e}", refresh=False)
             bar.update()
 
             began, end = time.perf_counter(), done == max_iters
@@ -829,14 +917,18 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     return "done"
 
 
-def not_finite_message(iteration: int, losses: dict, source: Data, work_dir: Path, replay: Path) -> str:
-    positions = range(iteration * source.batch_size, (iteration + 1) * source.batch_size)
+def not_finite_message(iteration: int, losses: dict, broken: list[str], source: Data, work_dir: Path, replay: Path) -> str:
+    """`broken`: the weights that were not finite before this batch came."""
+    culprit = iteration - bool(broken)
+    positions = range(culprit * source.batch_size, (culprit + 1) * source.batch_size)
     files = "\n  ".join(f"{position} {name}" for position, name in zip(positions, source.sample_files(positions)))
     launcher = "python" if dist_utils.world() == 1 else f"torchrun --standalone --nproc_per_node={dist_utils.world()}"
     values = ", ".join(f"{name} {value}" for name, value in losses.items())
-    return (f"the loss of iteration {iteration} (counted from 0) is not finite: {values}. The weights were not updated. Sample positions and files of the "
-            f"batch:\n  {files}\nThis batch again: {launcher} train.py --config {work_dir / 'config.json'} "
-            f"--work-dir {work_dir / 'replay'} --resume-from {replay}")
+    weights = f"The update of iteration {culprit} broke the weights ({broken[0]}, ...)" if broken else "The weights were not updated"
+    return (f"the loss of iteration {iteration} (counted from 0) is not finite: {values}. {weights}. Sample positions and files of the "
+            f"batch of iteration {culprit}:\n  {files}\nIteration {iteration} again: {launcher} train.py --config {work_dir / 'config.json'} "
+            f"--work-dir {work_dir / 'replay'} --resume-from {replay}\nLower the learning rate, set clip_grad=1, or precision=fp32, and go on from the last "
+            "checkpoint by --resume-from auto.")
 
 
 def report(folder: WorkDir, done: int, max_iters: int, lr: float, seconds: float, waited: float, device: torch.device, losses: dict) -> None:
@@ -867,16 +959,23 @@ def main(argv: Sequence[str] | None = None) -> str:
     """Runs train.py with these arguments. Returns "done", or "stopped" after a signal."""
     args = parse_args(argv)
     config = load_config(args.config, args.options + ([f"work_dir={json.dumps(args.work_dir)}"] if args.work_dir else []))
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, before it starts
     device = dist_utils.init(timeout=config["timeout"])
     try:
-        return run(args, config, device)
+        ending = run(args, config, device)
+        dist_utils.quit()  # not after an error: to leave in order would wait for processes that may be gone
+        return ending
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"the GPU's memory is too small: {error}\nSet model.backbone.with_cp=true (activation checkpointing), data.accumulate=2 or more "
+                            "(the same batch in parts), precision=bf16, or a smaller data.crop_size.") from None
     except RuntimeError as error:
         if dist_utils.world() > 1 and (isinstance(error, dist_utils.COMMUNICATION) or "gloo" in str(error)):
             raise ProcessError(f"rank {dist_utils.rank()} lost contact with the others: {error}\nNo answer from rank(s) {dist_utils.lost_ranks()}: "
                                "what they printed last says why. Go on with --resume-from auto.") from None
-        raise
-    finally:
-        dist_utils.quit()
+        if "deterministic" in str(error):
+            raise ConfigError(f"deterministic=true cannot be had with this net: {error}") from None
+        raise data.lost_worker(error) or error from None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tests/benchmark.py start                                         seconds to import and to build PSPNet-R50
     python tests/benchmark.py data --root R --count 64 [--cache D]          training samples a second on one core, PSPNet's Cityscapes pipeline
     python tests/benchmark.py data --root R --count 64 --workers 2          the loader as a whole: batches on the device
-    python tests/benchmark.py step --config C --batch 4 --size 360 360      seconds an iteration of the training loop on random images
+    python tests/benchmark.py step --config C --batch 4 --size 360 360      seconds an iteration of the loop on random images, beside a bare step
     python tests/benchmark.py eval --config C --load-from P                 images a second of the evaluation
     python tests/benchmark.py resume --config C --iteration 39000           seconds from the start to the first step of a resumed run
 """
@@ -11,10 +11,11 @@ import time
 
 T0 = time.perf_counter()
 import argparse  # noqa: E402
-import contextlib  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import statistics  # noqa: E402
+import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -38,25 +39,32 @@ def data(args: argparse.Namespace) -> dict:
     source = Data(type="cityscapes", root=args.root, batch_size=2, crop_size=[512, 1024], scale=[2048, 1024], workers=args.workers or 0, cache=args.cache)
     if args.workers:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        batches = source.train_batches(0, 1, 0)
-        for _ in range(3 * args.workers):
-            source.prepare(next(batches), device)
+        batches = source.to(device).train_batches()
+        for _ in range(max(3 * args.workers, len(source.train) if args.cache else 0)):  # fills the cache
+            next(batches)
         began = time.perf_counter()
         for _ in range(args.count // 2):
             source.prepare(next(batches), device)
         return {"workers": args.workers, "cache": args.cache, "images_per_s": args.count // 2 * 2 / (time.perf_counter() - began)}
     torch.set_num_threads(1)
-    samples = source.train_samples()
-    for position in range(-(-len(source.train) // 8) * 8 if args.cache else 3):  # fills the cache
-        samples[position]
+    for position in range(len(source.train) if args.cache else 3):
+        source.samples[[position]]
     began = time.perf_counter()
     for position in range(args.count):
-        samples[position]
-    return {"cache": args.cache, "images_per_s_per_core": args.count / (time.perf_counter() - began)}
+        batch = source.samples[[position]]
+    seconds = (time.perf_counter() - began) / args.count
+    prepared = statistics.median(timed(lambda: source.prepare(batch, "cpu")) for _ in range(10))
+    return {"cache": args.cache, "images_per_s_per_core": 1 / seconds, "s_per_image": seconds, "s_per_image_of_colour_on_this_core": prepared}
+
+
+def timed(function) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
 
 
 def step(args: argparse.Namespace) -> dict:
-    """The loop of train.py, its logging left out, on one random batch; on every process under torchrun."""
+    """The loop of train.py on one random batch, and a bare step without anything of the loop, in turns; on every process under torchrun."""
     import torch
 
     import dist_utils
@@ -64,6 +72,7 @@ def step(args: argparse.Namespace) -> dict:
     import train
     config = train.load_config(args.config, args.options)
     device = dist_utils.init()
+    cuda = device.type == "cuda"
     torch.backends.cudnn.benchmark = True
     dtype, low = train.choose_precision(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=low == torch.float16)
@@ -72,30 +81,51 @@ def step(args: argparse.Namespace) -> dict:
     net = dist_utils.distribute(model)
     net = torch.compile(net) if config["compile"] else net
     image = torch.randn(args.batch, model.in_channels, *args.size, device=device).to(memory_format=torch.channels_last)
-    label = torch.randint(0, model.num_classes, (args.batch, *args.size), device=device)
-    source = SimpleNamespace(accumulate=1, prepare=lambda batch, device: batch)
+    label = torch.randint(0, model.num_classes, (args.batch, *args.size), device=device, dtype=torch.uint8)
+    source, rank, numbers = SimpleNamespace(accumulate=1, prepare=lambda batch, device: batch), dist_utils.rank(), itertools.count()
 
     def autocast():
         return torch.autocast(device.type, low, enabled=low is not None)
 
-    def one() -> None:
-        train.forward_backward(net, itertools.repeat((image, label)), source, device, dtype, autocast, scaler, False, 600)
+    def update() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    def timed() -> float:
+    def loop() -> None:
+        iteration = next(numbers)
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(iteration, config["optimizer"]["lr"] * group["lr_mult"], **config["schedule"])
+        torch.manual_seed(train.step_seed(config["seed"], iteration, rank))
+        losses, *_ = train.forward_backward(net, itertools.repeat((image, label)), source, device, dtype, autocast, scaler, False, 600)
+        if not math.isfinite(losses["loss"]):
+            raise ValueError(losses)
+        update()
+
+    def bare() -> None:
+        with autocast():
+            loss = sum(net(image, label).values())
+        scaler.scale(loss).backward()
+        update()
+
+    def window(function) -> float:
+        """Seconds an iteration, over ten where the device runs behind the host."""
         began = time.perf_counter()
-        one()
-        if device.type == "cuda":
+        for _ in range(10 if cuda else 1):
+            function()
+        if cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / (10 if cuda else 1)
     for _ in range(args.warmup):
-        one()
-    seconds = statistics.median(timed() for _ in range(args.steps))
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        loop(), bare()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    pairs = [(window(loop), window(bare)) for _ in range(args.steps)]
+    seconds, plain = (statistics.median(column) for column in zip(*pairs))
     return {"config": args.config, "precision": str(low or dtype).removeprefix("torch."), "batch": args.batch, "size": args.size, "s_per_iter": seconds,
-            "images_per_s": args.batch * dist_utils.world() / seconds, "gpu_memory_gib": memory}
+            "images_per_s": args.batch * dist_utils.world() / seconds, "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+            "bare_s_per_iter": plain, "loop_over_bare": statistics.median(a / b for a, b in pairs)}
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -110,37 +140,38 @@ def evaluate(args: argparse.Namespace) -> dict:
     model = models.build_model(config["model"]).to(device=device, memory_format=torch.channels_last)
     if args.load_from:
         models.load_weights(model, train.load_checkpoint(args.load_from)["state_dict"])
-    source = train.Data(**config["data"])
+    source = train.Data(**config["data"]).to(device)
     began = time.perf_counter()
     result = train.evaluate(model, source, device, train.Evaluation(**config["evaluation"]), lambda: torch.autocast(device.type, low, enabled=low is not None))
     return {"images": len(source.val), "images_per_s": len(source.val) / (time.perf_counter() - began), "mIoU": result["mIoU"], "confusion": result["confusion"]}
 
 
 def resume(args: argparse.Namespace) -> dict:
-    """From main's start to the end of the first step, once at --iteration and once at 0, both from a checkpoint."""
+    """From the start of the command to the end of the first step: resumed at --iteration and at 0, three times each in turns."""
     import torch
 
-    import train
-
-    class FirstStep(Exception):
-        pass
-
-    def leave(*arguments) -> None:
-        raise FirstStep
+    def first_step(*argv) -> float:
+        command = [sys.executable, str(ROOT / "train.py"), "--config", args.config, "--no-validate", *argv]
+        began = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("Iter ["):
+                    seconds = time.perf_counter() - began
+                    process.kill()
+                    return seconds
+        raise RuntimeError("".join(lines))
+    options, seconds = ["--options", *args.options, "log.interval=1"], {0: [], args.iteration: []}
     with tempfile.TemporaryDirectory() as folder:
-        options = [*args.options, "evaluation.interval=100000000"]
-        train.main(["--config", args.config, "--work-dir", folder, "--no-validate", "--options", *options, "schedule.max_iters=1"])
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "--config", args.config, "--work-dir", folder, "--no-validate", *options,
+                        "schedule.max_iters=1"], check=True, stdout=subprocess.DEVNULL)
         content = torch.load(Path(folder) / "latest.pth", weights_only=True)
-        train.report = leave
-        seconds = {}
-        for iteration in (0, args.iteration, 0, args.iteration, 0, args.iteration):
+        for number, iteration in enumerate(3 * list(seconds)):
             path = Path(folder) / "at.pth"
             torch.save(content | {"iteration": iteration}, path)
-            began = time.perf_counter()
-            with contextlib.suppress(FirstStep):
-                train.main(["--config", args.config, "--work-dir", f"{folder}/resumed", "--no-validate", "--resume-from", str(path), "--options", *options,
-                            f"schedule.max_iters={args.iteration + 1000}", "log.interval=1"])
-            seconds.setdefault(iteration, []).append(time.perf_counter() - began)
+            seconds[iteration].append(first_step("--work-dir", f"{folder}/{number}", "--resume-from", str(path), *options,
+                                                 f"schedule.max_iters={args.iteration + 1000}"))
     return {"iteration": args.iteration, "s_at_0": statistics.median(seconds[0]), "s_at_iteration": statistics.median(seconds[args.iteration])}
 
 

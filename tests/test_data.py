@@ -390,7 +390,7 @@ while True:
     next(batches)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1 and "worker (pid" in done.stderr and "killed" in done.stderr
+    assert done.returncode == 1 and ("a data worker has died" in done.stderr or "worker (pid" in done.stderr and "killed" in done.stderr)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
@@ -618,7 +618,6 @@ def test_each_validation_image_counts_once(folder, world, batch_size):
                 image, label = source.val.load(i)
                 assert np.array_equal(batch["image"][n].permute(1, 2, 0), image) and np.array_equal(batch["label"][n], label)
     assert sorted(seen) == list(range(5))
-    assert [b["index"].tolist() for b in source.val_batches(max_images=3)] == [[0], [1], [2]]
 
 
 def test_validation_images_are_scaled_but_not_their_labels(folder):
@@ -682,12 +681,13 @@ def test_preflight_command(folder, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- limits
 
 def test_memory_is_flat(cached):
-    """Over 3,000 samples from the cache, after a warm-up."""
+    """Over 10,000 samples from the cache, after a warm-up: pages of its own, not those of mapped files."""
     def used():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
     source = Data(**cached)
     batches = source.train_batches()
     take(batches, 250)
     before, files = used(), len(os.listdir("/proc/self/fd"))
-    take(batches, 750)
+    take(batches, 2500)
     assert used() - before < 8 << 20 and len(os.listdir("/proc/self/fd")) == files

@@ -3,7 +3,10 @@ import copy
 import json
 import os
 import pickle
+import re
 import socket
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -74,6 +77,20 @@ def test_misspelt_key_anywhere(tiny, tmp_path):
     ("modle.x=1", ["modle", "model"]),
     ("seed", ["KEY=VALUE"]),
     ("model.backbone.depth.x=1", ["model.backbone.depth.x=1"]),
+    ("model.auxiliary_head.in_channels=77", ["auxiliary_head", "77", "32"]),
+    ("model.auxiliary_head.in_index=9", ["auxiliary_head"]),
+    ("schedule.iteration=3", ["schedule.iteration", "leave it out"]),
+    ("optimizer.params=[]", ["optimizer.params", "leave it out"]),
+    ("optimizer.paramwise.custom_keys=3", ["optimizer.paramwise.custom_keys"]),
+    ("optimizer.paramwise.norm_decay_mult=x", ["optimizer.paramwise.norm_decay_mult"]),
+    ("optimizer.type=LBFGS", ["optimizer.type", "LBFGS"]),
+    ("data.type=[1]", ["data.type"]),
+    ("data.lenght=4", ["data.lenght", "data set synthetic", "length"]),
+    ("seed=-1", ["seed", "-1"]),
+    ("evaluation.ratios=[]", ["evaluation.ratios"]),
+    ("evaluation.scale=[0,0]", ["evaluation.scale"]),
+    ('evaluation={"mode":"slide","crop_size":[32,32],"stride":[48,32]}', ["evaluation.stride", "crop_size"]),
+    ("schedule.warmup_iters=-5", ["schedule.warmup_iters"]),
 ])
 def test_bad_options(tiny, tmp_path, option, parts):
     (tmp_path / "c.json").write_text(json.dumps(tiny))
@@ -158,7 +175,8 @@ def test_truncated_image(on_folder, run, tmp_path, workers):
     ("data.crop_size=[0,32]", ["crop_size"]),
     ("data.batch_size=3", ["batch_size", "3", "2"]),
     ("data.accumulate=4", ["accumulate"]),
-    ("model.decode_head.num_classes=4", ["num_classes", "4", "3"]),
+    ("model.decode_head.num_classes=4", ["model.decode_head.num_classes", "4", "3"]),
+    ("model.auxiliary_head.num_classes=4", ["model.auxiliary_head.num_classes", "4", "3"]),
 ])
 def test_what_does_not_go_together(on_folder, run, option, parts):
     output = failing(run, on_folder, "--options", option, world=2 if "batch_size" in option else 1)
@@ -176,6 +194,18 @@ def test_one_value_per_channel(on_folder, run):
 def test_other_net(tiny, run):
     run(tiny, "--no-validate")
     assert "size mismatch" in failing(run, tiny, "--no-validate", "--resume-from", "auto", "--options", "model.decode_head.channels=24")
+
+
+def test_other_optimizer(tiny, run):
+    run(tiny, "--no-validate")
+    output = failing(run, tiny, "--no-validate", "--resume-from", "auto", "--options", "optimizer={\"type\":\"AdamW\",\"lr\":0.01}")
+    assert "holds the state of SGD, the config says AdamW" in output and "--load-from" in output
+
+
+def test_images_of_different_depth(on_folder, run, tmp_path):
+    Image.fromarray(np.zeros((48, 64), np.uint16)).save(tmp_path / "set/images/train/1.png")
+    on_folder["data"]["batch_size"] = 4
+    assert "images/train/1.png: float32" in failing(run, on_folder, "--options", "data.cat_max_ratio=1.0")
 
 
 class Evil:
@@ -201,6 +231,25 @@ def test_checkpoints_that_are_refused(tiny, run, tmp_path, flag):
         assert "could run code" in failing(run, other, flag, tmp_path / name)
     assert not (tmp_path / "evil_was_here").exists()
     assert not Path(other["work_dir"]).exists()
+
+
+def test_a_checkpoint_of_mmengine_is_read_without_its_objects(tiny, run, tmp_path, monkeypatch):
+    """`iter_N.pth` of MMSegmentation 1.x holds its log as objects of mmengine and numpy; they are left out, and nothing of them runs."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    monkeypatch.setitem(sys.modules, "mmengine", types.ModuleType("mmengine"))
+    monkeypatch.setitem(sys.modules, "mmengine.logging", types.ModuleType("mmengine.logging"))
+    monkeypatch.setitem(sys.modules, "mmengine.logging.history_buffer", module)
+    exec("class HistoryBuffer:\n    __module__ = 'mmengine.logging.history_buffer'\n    def mean(self): ...", module.__dict__)
+    sys.modules["mmengine"].logging, sys.modules["mmengine.logging"].history_buffer = sys.modules["mmengine.logging"], module
+    log = module.HistoryBuffer()
+    log.values, log.methods = np.arange(3.0), {"mean": module.HistoryBuffer.mean}
+    run(tiny, "--no-validate")
+    weights = torch.load(Path(tiny["work_dir"]) / "latest.pth", weights_only=True)["state_dict"]
+    torch.save({"state_dict": weights, "meta": {"dataset_meta": {"classes": ("a",)}}, "message_hub": {"log_scalars": {"train/loss": log}}}, tmp_path / "mm.pth")
+    for name in ("mmengine.logging.history_buffer", "mmengine.logging", "mmengine"):
+        monkeypatch.delitem(sys.modules, name)
+    process = run(tiny, "--no-validate", "--work-dir", tmp_path / "tuned", "--load-from", tmp_path / "mm.pth")
+    assert re.search(r"weights from .*mm.pth: loaded (\d+) of \1 tensors\n", process.output()), process.output()
 
 
 def flipped(path: Path) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Run
 from PIL import Image
 
 import models
@@ -205,6 +206,38 @@ def test_show_dir_and_aug_test(tiny, run, tmp_path):
     assert len(metrics(sibling(tiny, "eval"), "val")) == 1
 
 
+def test_evaluation_leaves_the_run_as_it_is(tiny, run):
+    """In the run's own work_dir, by its own config: lines are added to the logs, a preview, no more."""
+    run(tiny)
+    folder = Path(tiny["work_dir"])
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    run(tiny, "--eval-only", "--load-from", folder / "latest.pth")
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert before.keys() == after.keys()
+    assert all(after[name].startswith(content) if name in train.WorkDir.LOGS else after[name] == content for name, content in before.items())
+    (first, second) = metrics(tiny, "val")
+    assert first["confusion"] == second["confusion"] and first["mIoU"] == second["mIoU"]
+
+
+def test_two_runs_in_one_work_dir_take_turns(tiny, run):
+    """The second waits for the first to end, and then does not overwrite it."""
+    tiny["schedule"]["max_iters"] = 40
+    first = run(tiny, "--no-validate", started=True)
+    while not (Path(tiny["work_dir"]) / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    second = train_again(tiny)
+    assert first.wait() == [0]
+    assert second.wait() == [1], second.output()
+    assert "waiting for another run" in second.output() and "already holds a run" in second.output()
+    assert [line["iteration"] for line in metrics(tiny)] == list(range(1, 41))
+
+
+def train_again(config: dict) -> Run:
+    folder = Path(config["work_dir"]).parent / "again"
+    folder.mkdir()
+    return Run(["--config", Path(config["work_dir"]).parent / "config.json", "--no-validate"], folder)
+
+
 def test_load_from_takes_weights_only(tiny, run):
     """Starts at 0; names what did not match, such as the classifier of another data set."""
     run(tiny, "--no-validate")
@@ -240,9 +273,17 @@ def test_classify_in_chunks_is_argmax_and_cross_entropy(classes, chunk):
     label = torch.randint(0, classes, (2, 29, 37), generator=generator)
     label[:, :3] = 255
     full = torch.nn.functional.interpolate(logits, (29, 37), mode="bilinear", align_corners=False)
-    best, loss = train.classify(logits, label, False, chunk)
+    best, loss = train.classify(logits, label, False, chunk=chunk)
     assert torch.equal(best, full.argmax(1))
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(full, label, ignore_index=255, reduction="sum").item(), rel=1e-5)
+
+
+def test_one_logit_for_two_classes_has_a_threshold():
+    z = torch.tensor([-1.0, -0.8, 0.1]).view(1, 1, 1, 3)  # sigmoid: 0.27, 0.31, 0.52
+    label = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
+    best, loss = train.classify(train.two_classes(z), label, False, threshold=0.3)
+    assert best.tolist() == [[[0, 1, 1]]]
+    assert loss.item() == pytest.approx(torch.nn.functional.binary_cross_entropy_with_logits(z[0, 0, 0, :2], torch.tensor([0.0, 1.0]), reduction="sum").item())
 
 
 @pytest.mark.parametrize("name", ["pspnet_r18b-d8", "segformer_mit-b0"])
@@ -278,9 +319,9 @@ def test_paramwise_longest_part_wins():
 
 def test_options_are_json_or_python():
     config = {"model": {"heads": [{"channels": 1}]}}
-    for option in ("model.backbone.with_cp=True", "data.scale=[512, 256]", "model.heads.0.channels=7", "work_dir=runs/a=b", "data.cache=None", "seed=3"):
+    for option in ("a.b.a=5", "a.b.b=6", "model.backbone.with_cp=True", "data.scale=[512, 256]", "model.heads.0.channels=7", "work_dir=runs/a=b", "data.cache=None", "seed=3"):
         train.override(config, option)
-    assert config == {"model": {"heads": [{"channels": 7}], "backbone": {"with_cp": True}}, "data": {"scale": [512, 256], "cache": None},
+    assert config == {"a": {"b": {"a": 5, "b": 6}}, "model": {"heads": [{"channels": 7}], "backbone": {"with_cp": True}}, "data": {"scale": [512, 256], "cache": None},
                       "work_dir": "runs/a=b", "seed": 3}
 
 
