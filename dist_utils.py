@@ -117,16 +117,44 @@ class MeanOverProcesses:
         return self.vector.tolist()
 
 
-class _AllReduce(torch.autograd.Function):
-    """Sum over the processes; its derivative is the sum of theirs."""
+def gather(vector: Tensor) -> Tensor:
+    """Every process's `vector` (C): (world, C). For small ones twice as fast as gloo's all_reduce, and its sum has one order."""
+    rows = vector.new_empty(world() * len(vector))
+    dist.all_gather_into_tensor(rows, vector)
+    return rows.view(world(), -1)
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the batches of all processes; one message each way.
+
+    Returns mean and biased variance (C) and the number of values a channel, too. Means are merged as by Chan et al., "Updating formulae and a
+    pairwise algorithm for computing sample variances" (1979); the derivative is batch norm's (https://arxiv.org/abs/1502.03167).
+    """
 
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
-        return sum_over_processes(tensor.clone())
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        channels, dims, shape = x.size(1), [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        var, mean = torch.var_mean(wide, dims, correction=0)
+        found = gather(torch.cat([mean, var, mean.new_tensor([x.numel() // channels])]))
+        means, variances, counts = found[:, :channels], found[:, channels:-1], found[:, -1:]  # (world, C), (world, C), (world, 1)
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count
+        var = (counts * (variances + (means - mean).square())).sum(0) / count
+        scale = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, weight, mean, scale, count)
+        ctx.mark_non_differentiable(mean, var, count)
+        return ((wide - mean.view(shape)) * (scale * weight).view(shape) + bias.view(shape)).to(x.dtype), mean, var, count
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return sum_over_processes(gradient.clone())
+    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, scale, count = ctx.saved_tensors
+        dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
+        gradient, normal = gradient.to(mean.dtype), (x - mean.view(shape)) * scale.view(shape)
+        of_bias, of_weight = gradient.sum(dims), (gradient * normal).sum(dims)  # (C), of this process: DDP averages them
+        a, b = (gather(torch.cat([of_bias, of_weight])).sum(0) / count).chunk(2)
+        of_x = (gradient - a.view(shape) - normal * b.view(shape)) * (scale * weight).view(shape)
+        return of_x.to(x.dtype), of_weight, of_bias, None
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -141,18 +169,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        count = sum_over_processes(wide.new_tensor(x.numel() // x.size(1), dtype=torch.float64)).item()
-        mean = _AllReduce.apply(wide.sum(dims)) / count  # (C)
-        centred = wide - mean.view(shape)
-        var = _AllReduce.apply(centred.square().sum(dims)) / count  # (C)
+        y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var.detach() * count / (count - 1)).to(self.running_var.dtype), self.momentum)
-        scale = torch.rsqrt(var + self.eps) * self.weight
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+        return y
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:

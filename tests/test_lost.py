@@ -173,23 +173,34 @@ def test_a_disk_that_can_only_be_read(tiny, run, disk):
 # ------------------------------------------------------------------------------------------------- numbers that go wrong
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, run, world):
-    """All processes; the message names iteration, files and positions, and its command runs that batch again, to the same end."""
-    tiny["optimizer"] = {"type": "SGD", "lr": 1e30}
-    tiny["schedule"]["max_iters"] = 20
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, run, tmp_path, world):
+    """A NaN in one image. All processes stop; the message names iteration, positions and files, and its command runs that batch again."""
+    from test_errors import folder_of_images
+    tiny["data"] = folder_of_images(tmp_path / "set", count=8) | {"image_suffix": None, "in_channels": 3}
+    for head in ("decode_head", "auxiliary_head"):
+        tiny["model"][head]["num_classes"] = 3
+    bad = tmp_path / "set" / "images" / "train" / "5.npy"
+    for i in range(8):
+        bad.with_name(f"{i}.png").unlink()
+        np.save(bad.with_name(f"{i}.npy"), np.full((48, 64, 3), np.nan if i == 5 else i, np.float32))
+    tiny["data"] |= {"ratio_range": [1.0, 1.0], "cat_max_ratio": 1.0}
     process = run(tiny, "--no-validate", world=world, expect=1)
-    output = process.output()
-    iteration, = set(map(int, re.findall(r"the loss of iteration (\d+) \(counted from 0\) is not finite", output)))
-    batch = tiny["data"]["batch_size"]
-    source = train.Data(**tiny["data"])
-    for position, name in zip(range(iteration * batch, (iteration + 1) * batch), source.sample_files(range(iteration * batch, (iteration + 1) * batch))):
-        assert f"{position} {name}" in output
-    command = re.search(r"This batch again: (?:python|torchrun --standalone --nproc_per_node=2) train.py (.*)", output)[1].split()
+    output, source, batch = process.output(), train.Data(**tiny["data"]), tiny["data"]["batch_size"]
+    iteration, = set(map(int, re.findall(r"the loss of iteration (\d+) \(counted from 0\) is not finite: .* The weights were not updated", output)))
+    files = {position: source.sample_files([position])[0] for position in range(iteration * batch, (iteration + 1) * batch)}
+    assert str(bad) in files.values() and all(f"{position} {name}\n" in output for position, name in files.items())
+    command = re.search(r"Iteration \d+ again: (?:python|torchrun --standalone --nproc_per_node=2) train.py (.*)", output)[1].split()
     again = Run(command, Path(tiny["work_dir"]).parent, world)
     assert set(again.wait()) == {1}
-    assert set(re.findall(r"the loss of iteration (\d+)", again.output())) == {str(iteration)}
-    line = r"is not finite: (.*?)\. The weights"
-    assert re.search(line, again.output())[1] == re.search(line, output)[1]
+    line = r"the loss of iteration .*"
+    assert re.search(line, again.output())[0] == re.search(line, output)[0]
+
+
+def test_an_update_that_breaks_the_weights_is_named(tiny, run):
+    """The loss of iteration 0 is finite, its update is not: iteration 1 notices, and iteration 0 is to blame."""
+    tiny["optimizer"] = {"type": "SGD", "lr": 1e39}
+    output = run(tiny, "--no-validate", expect=1).output()
+    assert re.search(r"the loss of iteration 1 .*The update of iteration 0 broke the weights", output) and "\n  0 synthetic scene" in output
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny, run):
