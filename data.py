@@ -11,9 +11,12 @@ never scales a pixel that is cropped away, and leaves colour to the device.
 `python data.py --config C` looks at every file of a data set and draws a contact sheet of what the net will see.
 """
 import argparse
+import contextlib
 import fcntl
 import functools
+import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -28,7 +31,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -37,8 +39,6 @@ IGNORE = 255                            # the one value that means "not scored",
 OUTSIDE = 254                           # marks a value in a label file that is no class; so a data set has at most 253 classes
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".npy"}
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)      # RGB, of 0..255
-# Faster than Pillow, and keeps the 16 bits of an RGB PNG; a later torchvision may lack it, of which its wrapper warns at each call.
-TORCHVISION_DECODES = hasattr(torch.ops.image, "decode_image")
 ORDER, SAMPLE, SCENE = 1, 2, 3          # what a random stream is for: np.random.default_rng((seed, purpose, place))
 
 
@@ -48,13 +48,25 @@ class DataError(ValueError):
 
 # --------------------------------------------------------------------------------------------------------------- files
 
+@functools.cache
+def torchvision_decodes() -> bool:
+    """Loads torchvision's decoder, which is faster than Pillow and keeps the 16 bits of an RGB PNG; a later torchvision may lack it.
+
+    Its library alone, as the package takes a second and 100 MB to import: it brings torch's compiler.
+    """
+    for path in glob.glob(os.path.join(importlib.util.find_spec("torchvision").submodule_search_locations[0], "image*.so")):
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(path)
+    return hasattr(torch.ops.image, "decode_image")
+
+
 def read(path: str) -> np.ndarray:
     """Any image file or .npy as it stands: (H, W) or (H, W, C), the values of the file, a palette PNG as its indices."""
     try:
         if path.endswith(".npy"):
             return np.load(path, allow_pickle=False)
         with Image.open(path) as image:                      # reads the header alone, and refuses an image bomb
-            if TORCHVISION_DECODES and image.format in ("PNG", "JPEG") and image.mode in ("L", "LA", "RGB", "RGBA", "I;16"):
+            if image.format in ("PNG", "JPEG") and image.mode in ("L", "LA", "RGB", "RGBA", "I;16") and torchvision_decodes():
                 return torch.ops.image.decode_image(torch.ops.image.read_file(path), 0, False).permute(1, 2, 0).numpy()     # (H, W, C)
             if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "PA"):
                 image = image.convert("RGB")
@@ -366,6 +378,7 @@ def oxford_pet(split: str, *, root: str, download: bool = False) -> Folder:
         os.makedirs(root, exist_ok=True)
         with open(os.path.join(root, ".download"), "w") as lock:            # the processes of one machine take turns
             fcntl.flock(lock, fcntl.LOCK_EX)
+            import torchvision
             torchvision.datasets.OxfordIIITPet(root, target_types="segmentation", download=True)
     return Folder({"train": "trainval", "val": "test"}.get(split, split), root=os.path.join(root, "oxford-iiit-pet"), images="images",
                   image_suffix=".jpg", labels="annotations/trimaps", files="annotations/{split}.txt", reduce_zero_label=True,
@@ -698,7 +711,7 @@ class Batches:
     def __init__(self, samples: Dataset, indices, workers: int):
         self.indices, self.loader = indices, DataLoader(
             samples, sampler=indices, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
-            worker_init_fn=start_worker, prefetch_factor=4 if workers else None, timeout=900 if workers else 0,
+            worker_init_fn=start_worker, prefetch_factor=4 if workers else None, timeout=300 if workers else 0,
             generator=torch.Generator())                                    # leaves torch's global random numbers alone
 
     def __len__(self) -> int:

@@ -16,18 +16,14 @@ import typing
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.convnext import LayerNorm2d
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 IGNORE = 255  # the label of pixels that no loss and no metric counts; data.py maps every data set's own to it
 
@@ -205,7 +201,6 @@ def run(blocks: nn.Sequential | nn.ModuleList, x: Tensor, with_cp: bool) -> Tens
     return x
 
 
-@torch.compiler.disable(recursive=False)  # the compiler would lose `frozen_statistics` where SyncBN breaks its graph; it compiles the block
 def run_again(block: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
 
@@ -306,18 +301,44 @@ class Backbone(nn.Module):
         return state
 
 
-def residual_block(block: type[nn.Module], inplanes: int, planes: int, stride: int = 1, dilation: int = 1, **options) -> nn.Module:
-    """torchvision's BasicBlock or Bottleneck with the shortcut that it needs."""
-    if stride < 1 or dilation < 1:
-        raise ValueError(f"strides and dilations must be 1 or more; here is a block with {stride} and {dilation}")
-    outplanes, downsample = planes * block.expansion, None
-    if stride != 1 or inplanes != outplanes:
-        downsample = conv_bn(inplanes, outplanes, 1, stride)
-    if block is Bottleneck:
-        return Bottleneck(inplanes, planes, stride, downsample, dilation=dilation, **options)
-    made = BasicBlock(inplanes, planes, stride, downsample)
-    made.conv1.dilation = made.conv1.padding = (dilation, dilation)  # torchvision's has no argument for it
-    return made
+class ResidualBlock(nn.Module):
+    """Convolutions with BN beside a shortcut (https://arxiv.org/abs/1512.03385), under torchvision's names."""
+
+    def __init__(self, inplanes: int, stride: int, *convs: tuple):
+        super().__init__()
+        self.count, outplanes = len(convs), convs[-1][1]
+        for i, (channels, out_channels, kernel_size, stride_, dilation, groups) in enumerate(convs, 1):
+            if min(stride_, dilation) < 1:
+                raise ValueError(f"strides and dilations must be 1 or more; here is a block with {stride_} and {dilation}")
+            conv = nn.Conv2d(channels, out_channels, kernel_size, stride_, kernel_size // 2 * dilation, dilation, groups, bias=False)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(out_channels))
+        self.downsample = conv_bn(inplanes, outplanes, 1, stride) if stride != 1 or inplanes != outplanes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for i in range(1, self.count + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            y = F.relu(y, inplace=True) if i < self.count else y
+        y += x if self.downsample is None else self.downsample(x)
+        return F.relu(y, inplace=True)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions, of which the first has the stride and the dilation."""
+    expansion = 1
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, dilation: int = 1):
+        super().__init__(inplanes, stride, (inplanes, planes, 3, stride, dilation, 1), (planes, planes, 3, 1, 1, 1))
+
+
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3 with stride, dilation and groups, and 1x1 to four times the channels."""
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, dilation: int = 1, groups: int = 1, base_width: int = 64):
+        width = planes * base_width // 64 * groups
+        super().__init__(inplanes, stride, (inplanes, width, 1, 1, 1, 1), (width, width, 3, stride, dilation, groups), (width, 4 * planes, 1, 1, 1, 1))
 
 
 class ResNet(Backbone):
@@ -358,7 +379,7 @@ class ResNet(Backbone):
                 grid = multi_grid
             planes, blocks = base_channels * 2 ** i, []
             for j in range(count):
-                blocks.append(residual_block(block, inplanes, planes, stride if j == 0 else 1, grid[j], **self.block_options))
+                blocks.append(block(inplanes, planes, stride if j == 0 else 1, grid[j], **self.block_options))
                 inplanes = planes * block.expansion
             self.add_module(name, nn.Sequential(*blocks))
         init_kaiming(self)
@@ -408,7 +429,7 @@ class HRStage:
         self.channels = [c * self.block.expansion for c in self.num_channels]
 
     def branches(self, in_channels: list[int]) -> list[nn.Sequential]:
-        return [nn.Sequential(*[residual_block(self.block, i if k == 0 else c * self.block.expansion, c) for k in range(n)])
+        return [nn.Sequential(*[self.block(i if k == 0 else c * self.block.expansion, c) for k in range(n)])
                 for i, c, n in zip(in_channels, self.num_channels, self.num_blocks)]
 
 
@@ -610,7 +631,11 @@ class MobileNetV2(Backbone):
         super().__init__(out_indices=out_indices, **kwargs)
         if not len(strides) == len(dilations) == 7 or max(out_indices) > 6:
             raise ValueError("strides and dilations need seven values each, out_indices lie below 7")
-        width = partial(torchvision.models._utils._make_divisible, divisor=8)
+
+        def width(channels: float) -> int:
+            """A multiple of 8, not more than a tenth less."""
+            near = max(8, int(channels + 4) // 8 * 8)
+            return near + 8 * (near < 0.9 * channels)
         inplanes = width(32 * widen_factor)
         self.conv1 = ConvModule(self.in_channels, inplanes, 3, stride=2, act=nn.ReLU6)
         for i, (expand, channels, count) in enumerate(self.LAYERS):
@@ -630,6 +655,13 @@ class MobileNetV2(Backbone):
     def from_torchvision(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         same = [v for k, v in state.items() if re.match(r"features\.(\d|1[0-7])\.", k)]  # the same tensors in the same order
         return dict(zip(self.state_dict(), same))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Over the channels of a map."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -905,7 +937,6 @@ class SumOverImages(torch.autograd.Function):
         return (ctx.saved_tensors[0] * gradient).to(ctx.dtype), *[None] * 6
 
 
-@torch.compiler.disable
 def sum_over_images(logits: Tensor, label: Tensor, weight: Tensor | None, total: Callable, align_corners: bool, size: int) -> Tensor:
     differentiate = torch.is_grad_enabled() and logits.requires_grad
     return SumOverImages.apply(logits, label, weight, total, align_corners, size, differentiate)
@@ -1614,6 +1645,16 @@ class Segmentor(nn.Module):
         return losses
 
 
+def compiled(net: nn.Module, **options) -> nn.Module:
+    """torch.compile(net), which shall leave two functions alone: it would lose `frozen_statistics` where SyncBN breaks its graph, and the loss's loop.
+
+    Said here and not where they stand, since to say it imports the compiler, which takes as long as importing torch.
+    """
+    global run_again, sum_over_images
+    run_again, sum_over_images = torch.compiler.disable(run_again, recursive=False), torch.compiler.disable(sum_over_images)
+    return torch.compile(net, **options)
+
+
 def build_model(cfg: dict) -> Segmentor:
     """A config's `model` section, or an MMSegmentation `model` dict -> Segmentor. Reads no files and leaves `cfg` as it is."""
     cfg = dict(cfg)
@@ -1685,6 +1726,7 @@ def fetch(name: str, net: str | None) -> dict:
     """From torch.hub's cache or the network."""
     url = PRETRAINED.get(name, name)
     if name.startswith("torchvision://") or re.fullmatch(r"IMAGENET1K_\w+|DEFAULT", name):
+        import torchvision  # here, because its import takes as long as torch's, whose compiler it brings
         if net not in torchvision.models.list_models():
             raise ConfigError(f"model.backbone.pretrained: torchvision has no weights {name} for this backbone")
         weights = torchvision.models.get_model_weights(net)

@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import fcntl
+import importlib.metadata
 import inspect
 import json
 import math
@@ -28,7 +29,6 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -527,7 +527,7 @@ def describe_run() -> dict:
 
 
 def versions() -> dict:
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "numpy": np.__version__,
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": importlib.metadata.version("torchvision"), "numpy": np.__version__,
             "pillow": PIL.__version__, "cuda": torch.version.cuda, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
@@ -752,7 +752,7 @@ def forward_backward(net: nn.Module, batches, source: Data, device: torch.device
             with autocast():
                 losses = net(image.to(dtype), label)
             values = values + torch.stack([loss.detach().double() for loss in losses.values()]) / source.accumulate
-            if last:  # the mean travels while backward runs; the host then waits for it alone, not for the device
+            if last:  # the host waits for this mean alone, while the device goes on with the backward pass
                 flag = torch.full((1,), float(stopping), dtype=values.dtype, device=device)
                 mean = dist_utils.MeanOverProcesses(torch.cat([values, flag]), timeout)
             scaler.scale(sum(losses.values()) / source.accumulate).backward()
@@ -801,28 +801,28 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     optimizer = build_optimizer(model, **config["optimizer"])
 
     # ---- where to start: --resume-from before --load-from before the backbone's `pretrained`
-    start, best, notes = 0, None, []
+    start, best, validated, notes = 0, None, True, []
     sizes = dict.fromkeys(WorkDir.LOGS, 0)  # what is there without a checkpoint is of a try that ended before its first
-    path, complaints = args.resume_from, []
+    path = args.resume_from
     if path == "auto":
         path, complaints = dist_utils.from_rank_0(find_checkpoint(work_dir) if rank == 0 else None)
         notes += complaints + ["no checkpoint yet: starting afresh"] * (path is None)
-    checkpoint = load_checkpoint(path) if path else {}
     if path:
+        checkpoint = load_checkpoint(path)
         restore(checkpoint, path, config, model, optimizer, scaler)
-        start, best = checkpoint["iteration"], checkpoint.get("best")
+        start, best, validated = checkpoint["iteration"], checkpoint.get("best"), checkpoint.get("validated", True)
         notes += [f"resumed from {path} at iteration {start}"]
         notes += [f"changed since then: {line}" for line in differences(checkpoint.get("config", config), config)]
         sizes = checkpoint.get("logs", {}) if Path(path).resolve().parent == work_dir.resolve() else {}
+        del checkpoint  # as large as the net and its optimizer
     elif args.load_from:
-        content = load_checkpoint(args.load_from)
-        notes += [f"weights from {args.load_from}: " + models.load_weights(model, content.get("state_dict", content))]
+        notes += [f"weights from {args.load_from}: " + models.load_weights(model, load_checkpoint(args.load_from))]
     elif args.eval_only:
         raise ConfigError("--eval-only has no weights to evaluate: name them by --load-from or --resume-from")
     elif model.pretrained and rank == 0:  # the others get rank 0's weights
         notes += [models.load_pretrained(model)]
     net = dist_utils.distribute(model)
-    net = torch.compile(net) if config["compile"] else net
+    net = models.compiled(net) if config["compile"] else net
 
     batches = None if args.eval_only else source.train_batches(rank, world, start)
 
@@ -866,7 +866,7 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     # ---- the loop
     quiet = rank > 0 or not sys.stderr.isatty()
     with contextlib.closing(batches), dist_utils.StopSignal() as stop, tqdm(total=max_iters, initial=start, disable=quiet) as bar:
-        if not checkpoint.get("validated", True) and not args.no_validate and validate(start):
+        if not validated and not args.no_validate and validate(start):
             save(["best.pth"], start)
         since, first, waited = time.perf_counter(), start, 0.0
         for iteration in range(start, max_iters):

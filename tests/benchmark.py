@@ -14,6 +14,7 @@ import argparse  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+import resource as system  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -79,7 +80,7 @@ def step(args: argparse.Namespace) -> dict:
     model = models.build_model(config["model"]).to(device=device, dtype=dtype, memory_format=torch.channels_last)
     optimizer = train.build_optimizer(model, **config["optimizer"])
     net = dist_utils.distribute(model)
-    net = torch.compile(net) if config["compile"] else net
+    net = models.compiled(net) if config["compile"] else net
     image = torch.randn(args.batch, model.in_channels, *args.size, device=device).to(memory_format=torch.channels_last)
     label = torch.randint(0, model.num_classes, (args.batch, *args.size), device=device, dtype=torch.uint8)
     source, rank, numbers = SimpleNamespace(accumulate=1, prepare=lambda batch, device: batch), dist_utils.rank(), itertools.count()
@@ -125,6 +126,7 @@ def step(args: argparse.Namespace) -> dict:
     seconds, plain = (statistics.median(column) for column in zip(*pairs))
     return {"config": args.config, "precision": str(low or dtype).removeprefix("torch."), "batch": args.batch, "size": args.size, "s_per_iter": seconds,
             "images_per_s": args.batch * dist_utils.world() / seconds, "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+            "process_memory_gib": system.getrusage(system.RUSAGE_SELF).ru_maxrss / 2**20,
             "bare_s_per_iter": plain, "loop_over_bare": statistics.median(a / b for a, b in pairs)}
 
 

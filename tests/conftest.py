@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torchvision", "numpy", "PIL.Image", "tqdm"])
+SERVER.set_forkserver_preload(["torch", "torch.distributed", "numpy", "PIL.Image", "tqdm"])
 
 
 def _child(argv: list[str], env: dict, log: str, cwd: str) -> None:

@@ -22,7 +22,7 @@ from test_train import assert_same, assert_same_run, checkpoint, metrics, siblin
 
 import train
 
-KILLS, FUZZ, LONG = (int(os.environ.get(name, default)) for name, default in (("KILLS", 6), ("FUZZ", 150), ("LONG", 240)))
+KILLS, FUZZ, LONG = (int(os.environ.get(name, default)) for name, default in (("KILLS", 6), ("FUZZ", 120), ("LONG", 160)))
 
 
 def wait_for(true, process: Run, seconds: float = 60) -> None:
@@ -52,7 +52,7 @@ def undisturbed(tmp_path_factory) -> dict:
 def test_killed_at_any_moment(tiny, run, undisturbed, number):
     """One or two processes, all or one of them killed: at a random time, or while a checkpoint is being written; resumed until done."""
     dice, world = random.Random(number), 1 + number % 2
-    tiny["schedule"]["max_iters"], tiny["checkpoint"], tiny["timeout"] = 16, {"interval": 2, "keep": 2}, 15
+    tiny["schedule"]["max_iters"], tiny["checkpoint"], tiny["timeout"] = 16, {"interval": 2, "keep": 2}, 8
     tiny["evaluation"]["interval"] = 5
     straight, killed = sibling(tiny, "straight"), sibling(tiny, "killed")
     straight["work_dir"] = str(undisturbed["folder"] / f"world{world}")

@@ -107,6 +107,24 @@ def test_resumed_run_is_the_uninterrupted_one(tiny, run, world):
     assert_same_run(straight, resumed)
 
 
+def test_compiled_net(tiny, run):
+    """torch.compile with DDP, SyncBN, activation checkpointing and resume: the plain net's numbers, and batch norm's statistics moved once a step."""
+    tiny["precision"], tiny["model"]["backbone"]["with_cp"] = "fp64", True
+    for head in ("decode_head", "auxiliary_head"):
+        tiny["model"][head]["dropout_ratio"] = 0.0
+    plain, compiled = sibling(tiny, "plain"), sibling(tiny, "compiled")
+    run(plain, "--no-validate", world=2)
+    compiled["compile"] = True
+    run(compiled, "--no-validate", "--options", "schedule.max_iters=4", world=2)
+    for name in ("iter_4.pth", "latest.pth"):
+        (Path(compiled["work_dir"]) / name).unlink()
+    run(compiled, "--no-validate", "--resume-from", "auto", world=2)  # from iteration 3
+    ours, theirs = checkpoint(compiled)["state_dict"], checkpoint(plain)["state_dict"]
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.allclose(ours[key].double(), theirs[key].double(), rtol=1e-8, atol=1e-10), key
+
+
 def test_signal_saves_and_stops(tiny, run):
     """SIGTERM in the middle: iteration finished, checkpoint saved, exit status 143; resumed, the same as undisturbed."""
     tiny["schedule"]["max_iters"], tiny["checkpoint"]["interval"], tiny["evaluation"]["interval"] = 30, 1000, 1000
@@ -319,7 +337,8 @@ def test_paramwise_longest_part_wins():
 
 def test_options_are_json_or_python():
     config = {"model": {"heads": [{"channels": 1}]}}
-    for option in ("a.b.a=5", "a.b.b=6", "model.backbone.with_cp=True", "data.scale=[512, 256]", "model.heads.0.channels=7", "work_dir=runs/a=b", "data.cache=None", "seed=3"):
+    for option in ("a.b.a=5", "a.b.b=6",
+                   "model.backbone.with_cp=True", "data.scale=[512, 256]", "model.heads.0.channels=7", "work_dir=runs/a=b", "data.cache=None", "seed=3"):
         train.override(config, option)
     assert config == {"a": {"b": {"a": 5, "b": 6}}, "model": {"heads": [{"channels": 7}], "backbone": {"with_cp": True}}, "data": {"scale": [512, 256], "cache": None},
                       "work_dir": "runs/a=b", "seed": 3}
