@@ -391,7 +391,7 @@ class Synthetic:
     size: [height, width] of the scenes.   length, val_length: how many there are to train and to validate on.
     """
     # Two classes share each tint: colour says which two, texture or shape says which.
-    tints = np.array([[115, 100, 80], [190, 80, 70], [80, 115, 190], [190, 185, 110]])[[0, 1, 2, 1, 2, 0, 3, 3]]
+    tints = np.array([[115, 100, 80], [190, 80, 70], [80, 115, 190], [190, 185, 110]])[[0, 1, 2, 1, 3, 0, 3, 2]]
 
     def __init__(self, split: str, *, size: tuple[int, int] = (128, 128), length: int = 4000, val_length: int = 100):
         self.tag, self.shape, self.length = int(split != "train"), tuple(size), length if split == "train" else val_length

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
-from test_train import assert_same, assert_same_run, checkpoint, metrics, sibling
+from test_train import WITHOUT_BATCH_NORM, assert_same, assert_same_run, checkpoint, metrics, sibling
 
 import train
 
@@ -366,7 +366,7 @@ def resources(process: Run) -> dict[int, tuple[int, int]]:
 
 def test_long_run(tiny, run):
     """Stopped three times: memory and open files of every process and worker are flat, and no line is lost or doubled."""
-    tiny["schedule"]["max_iters"], tiny["data"]["workers"], tiny["data"]["length"] = LONG, 1, 97
+    tiny["schedule"]["max_iters"], tiny["data"]["workers"], tiny["data"]["length"], tiny["model"] = LONG, 1, 97, WITHOUT_BATCH_NORM
     tiny["evaluation"]["interval"], tiny["checkpoint"] = LONG // 8, {"interval": max(LONG // 40, 10), "keep": 2}
     growth = []
     for quarter in (1, 2, 3, 4):

@@ -20,6 +20,9 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("time", "data_time", "memory")
+WITHOUT_BATCH_NORM = {"backbone": {"type": "MixVisionTransformer", "embed_dims": 8, "num_layers": [1, 1, 1, 1], "drop_path_rate": 0.0},
+                      "decode_head": {"type": "FCNHead", "in_channels": 64, "in_index": 3, "channels": 64, "num_convs": 0, "concat_input": False,
+                                      "dropout_ratio": 0.0, "num_classes": 8}}
 
 
 def metrics(config: dict, mode: str = "train") -> list[dict]:
@@ -82,9 +85,7 @@ def test_batch_split_over_processes_is_one_experiment(tiny, run):
 def test_accumulation_is_the_same_gradient(tiny, run):
     """In a net without batch norm, a transformer, two micro-batches of 2 are one batch of 4."""
     tiny["precision"] = "fp64"
-    tiny["model"] = {"backbone": {"type": "MixVisionTransformer", "embed_dims": 8, "num_layers": [1, 1, 1, 1], "drop_path_rate": 0.0},
-                     "decode_head": {"type": "FCNHead", "in_channels": 64, "in_index": 3, "channels": 64, "num_convs": 0, "concat_input": False,
-                                     "dropout_ratio": 0.0, "num_classes": 8}}
+    tiny["model"] = WITHOUT_BATCH_NORM
     whole, split = sibling(tiny, "whole"), sibling(tiny, "split")
     split["data"]["accumulate"] = 2
     run(whole, "--no-validate")
