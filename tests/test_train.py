@@ -238,6 +238,24 @@ def test_evaluation_leaves_the_run_as_it_is(tiny, run):
     assert first["confusion"] == second["confusion"] and first["mIoU"] == second["mIoU"]
 
 
+def test_real_images(tiny, run):
+    """CamVid, by the config of the CPU figures with a narrow net: two iterations in two processes, and every validation image scored."""
+    folder = ROOT.parent / "shared" / "camvid"
+    if not folder.is_dir():
+        reason = f"CamVid is not in {folder}"
+        pytest.fail(reason) if os.environ.get("REQUIRE_ALL") else pytest.skip(reason)
+    config = json.loads((ROOT / "configs" / "pspnet_r18-d8_360x360_camvid.json").read_text()) | {"work_dir": tiny["work_dir"]}
+    config["data"] |= {"root": str(folder), "workers": 1, "crop_size": [120, 120]}
+    config["model"]["backbone"] |= {"base_channels": 8, "stem_channels": 8}
+    config["model"]["decode_head"]["in_channels"], config["model"]["auxiliary_head"]["in_channels"] = 64, 32
+    config["schedule"]["max_iters"], config["log"]["interval"] = 2, 1
+    run(config, world=2)
+    value, = metrics(config, "val")
+    source = train.Data(**config["data"])
+    assert len(source.train) == 367 and len(source.val) == 101
+    assert sum(map(sum, value["confusion"])) == sum(int((source.val.load(i)[1] != 255).sum()) for i in range(101))
+
+
 def test_two_runs_in_one_work_dir_take_turns(tiny, run):
     """The second waits for the first to end, and then does not overwrite it."""
     tiny["schedule"]["max_iters"] = 40
