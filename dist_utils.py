@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ class ProcessError(RuntimeError):
     """The processes cannot start, or one of them was lost."""
 
 
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.14
 COMMUNICATION = (dist.DistError, ProcessError)  # gloo's own errors are plain RuntimeErrors that say gloo
 
 
@@ -48,16 +50,54 @@ def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
-    where = dict(store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])) if store else {}
+    number, processes, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), datetime.timedelta(seconds=timeout)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout),
-                                device_id=device if device.type == "cuda" else None, **where)
+        store = store or _store_of_this_start(next(dist.rendezvous("env://", timeout=limit))[0], number, processes, timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, store=store, rank=number, world_size=processes,
+                                device_id=device if device.type == "cuda" else None)
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ProcessError(f"rank {os.environ.get('RANK')} cannot meet the others at {address}: {str(error).splitlines()[0]} If another job "
                            "holds that port, choose a free one (torchrun --standalone, or --master_port); if not, see that rank 0's "
                            "machine can be reached under that name.") from None
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        raise ProcessError(f"rank {os.environ.get('RANK')} cannot connect to the others: {str(error).splitlines()[0]} What they printed last may say why.") from None
     return device
+
+
+def _store_of_this_start(store: dist.Store, number: int, processes: int, timeout: float) -> dist.Store:
+    """A part of `store` with nothing of an earlier start in it. torchrun 2.14 keeps its store over --max-restarts, with addresses of the dead.
+
+    Rank 0 names the start, each other process answers with that name and one of its own, rank 0 lists these: what was left behind has other names.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + timeout
+
+    def wait(for_whom: int) -> None:
+        if time.monotonic() > end:
+            raise ProcessError(f"rank {for_whom} did not come within {timeout:.0f} s (the config's timeout): see what it printed last")
+        time.sleep(0.05)
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    if number == 0:
+        store.set("start", own)
+        answers = []
+        for other in range(1, processes):
+            while not (answer := read(f"answer/{other}")).startswith(own):
+                wait(other)
+            answers.append(answer)
+        store.set(own, "\n".join(answers))
+        return dist.PrefixStore(own, store)
+    while True:
+        start = read("start")
+        answer = f"{start} {own}"
+        if start and answer in read(start):
+            return dist.PrefixStore(start, store)
+        store.set(f"answer/{number}", answer)
+        wait(0)
 
 
 def quit() -> None:
@@ -120,7 +160,7 @@ class MeanOverProcesses:
 def gather(vector: Tensor) -> Tensor:
     """Every process's `vector` (C): (world, C). For small ones twice as fast as gloo's all_reduce, and its sum has one order."""
     rows = vector.new_empty(world() * len(vector))
-    dist.all_gather_into_tensor(rows, vector)
+    all_gather(rows, vector)
     return rows.view(world(), -1)
 
 

@@ -23,8 +23,10 @@ from pathlib import Path
 
 import submitit
 
-# torch and train are imported in functions: a task must hold Slurm's signals back before these imports, which can take a minute.
+# torch and train are imported in functions: a task of --local must hold signals back before these imports, which can take a minute.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+# What a task under Slurm is started through: a notice that comes during submitit's import, too, waits until someone listens.
+HOLD_BACK = f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {[*map(int, STOP_SIGNALS)]}); os.execv(sys.argv[1], sys.argv[1:])"
 PATIENCE = 600  # seconds that a task waits for rank 0, which may be importing from a slow disk
 GPUS_PER_NODE = 8  # what --gpus counts with where nothing else is said
 SBATCH = ("job_name", "partition", "time", "mem", "qos", "account", "constraint", "exclude", "reservation", "cpus_per_task")  # passed on as they are
@@ -46,9 +48,9 @@ class Job:
         self.submitted = time.time()
 
     def __call__(self) -> str:
-        for number in STOP_SIGNALS:  # held back until train.main listens, which lets them in; ignored after it has ended
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # held back until train.main listens, which lets them in
+        for number in STOP_SIGNALS:  # without effect after it has ended; SIG_IGN would forget one that is held back
+            signal.signal(number, lambda *_: None)
         task = submitit.JobEnvironment()
         self.job_id, self.rank, self.slurm = task.job_id, task.global_rank, task.cluster == "slurm"
         self.attempt = os.environ.get("SLURM_RESTART_COUNT", "0") if self.slurm else str(int(self.submitted))  # a process id can come again
@@ -138,6 +140,8 @@ class Job:
 
     def come_back(self, why: str) -> None:
         """Puts the job back into the queue, unless Slurm has decided otherwise about it; ends this task."""
+        for number in STOP_SIGNALS:  # here and in scontrol
+            signal.signal(number, signal.SIG_IGN)
         if self.rank == 0:
             state = job_info(self.job_id)["JobState"] if self.slurm else "over; the same command goes on"
             if state == "RUNNING":  # cancelled, or requeued by Slurm itself, it no longer would be
@@ -205,7 +209,7 @@ def work_out(nodes: int | None, gpus: int | None, per_node: int | None, tasks: i
 
 def slurm_executor(folder: Path, args: argparse.Namespace, nodes: int, gpus: int, tasks: int) -> submitit.SlurmExecutor:
     try:
-        executor = submitit.SlurmExecutor(folder)
+        executor = submitit.SlurmExecutor(folder, python=shlex.join([sys.executable, "-ISc", HOLD_BACK, sys.executable]))
     except RuntimeError:
         raise LaunchError("there is no srun on this machine: submit from a node of the cluster, or train here by --local") from None
     extra = {key.replace("-", "_"): value if equals else True for key, equals, value in (item.partition("=") for item in args.slurm)}

@@ -41,6 +41,13 @@ def prepare(self, batch, device):
     return _prepare(self, batch, device)
 Data.prepare = prepare
 """
+# With LATE set, the first start of a task takes seconds before it imports anything, and says so in a file.
+LATE = """
+import os, pathlib, sys, time
+if os.environ.get("LATE") and "SLURM_RESTART_COUNT" not in os.environ and "submitit.core._submit" in sys.orig_argv:
+    pathlib.Path(os.environ["LATE"]).touch()
+    time.sleep(5)
+"""
 SUBMIT = """
 import json, os, sys, launch_slurm
 for environment, argv in json.load(sys.stdin):
@@ -116,6 +123,7 @@ class Runs:
         self.meddler = folder / "meddler"
         self.meddler.mkdir()
         (self.meddler / "data.py").write_text(MEDDLER)
+        (self.meddler / "sitecustomize.py").write_text(LATE)
         (self.meddler / "run.py").write_text(f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
 
     def flags(self, name: str, *slurm, setup: str = "", options: tuple = ()) -> list[str]:
@@ -187,7 +195,7 @@ def submit_all(runs: Runs) -> None:
         return "--slurm", "nodelist=" + ",".join(f"node{node}" for node in nodes)
     cluster, cpus, slow, first_slow = runs.cluster, ("--gpus-per-node", 0), "export PAUSE=0.5", '[ "$SLURM_RESTART_COUNT" ] || export PAUSE=5'
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node")
-    # With its stores shared, torchrun 2.15's surviving agent never tells the one that comes back where to meet.
+    # With its stores shared, torchrun 2.14's surviving agent never tells the one that comes back where to meet.
     host = ("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "OMP_NUM_THREADS=1", "PAUSE=0.5", *torchrun, 1, "--nnodes", 2, "--max-restarts", 3,
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "node9:29400",
             runs.meddler / "run.py", "--config", runs.folder / "config.json", "--work-dir", runs.folder / "hosts", "--resume-from", "auto")
@@ -207,6 +215,7 @@ def submit_all(runs: Runs) -> None:
         "preempted": ({}, runs.flags("preempted", "--nodes", 2, *cpus, "--partition", "dev", "--time", 60, *on(3, 4), setup=slow)),
         "lost": ({}, runs.flags("lost", "--nodes", 2, *cpus, "--exclude", "node[1-5]", setup=slow)),
         "limited": ({}, runs.flags("limited", *cpus, "--time", "00:01:00", "--slurm", "signal_delay_s=30", *on(5), setup=first_slow)),
+        "late": ({}, runs.flags("late", *cpus, *on(5), setup=f"export LATE={runs.folder}/late_starts")),
         "cancelled": ({}, runs.flags("cancelled", *cpus, *on(5), setup="export PAUSE=1")),
         "vain": ({}, runs.flags("vain", *cpus, *on(5), setup="export PAUSE=60")),
         "port": ({"MASTER_PORT": "6818"}, runs.flags("port", *two, *on(5))),  # slurmd's own
@@ -221,6 +230,7 @@ def submit_all(runs: Runs) -> None:
     runs.when(lambda: runs.iteration("preempted") >= 3,
               lambda: cluster.call("sbatch", "--partition=urgent", "--nodelist=node3", "--exclusive", "--wrap=sleep 1"))
     runs.when(lambda: runs.iteration("lost") >= EVERY + 2, lambda: cluster.power(False, 7))
+    runs.when((runs.folder / "late_starts").exists, lambda: cluster.call("scancel", "--signal=USR2", runs.ids["late"]))
     runs.when(lambda: runs.iteration("cancelled") >= 2, lambda: cluster.call("scancel", runs.ids["cancelled"]))
     runs.when(lambda: runs.iteration("local_stopped") >= 2, lambda: cluster.call(
         "kill", re.search(r"cancel  kill (\d+)", (runs.folder / "local_stopped.out").read_text())[1]))
@@ -280,6 +290,12 @@ def test_ahead_of_the_time_limit_a_job_saves_and_comes_back(runs: Runs):
     assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 1, runs.log("limited")
     assert "stopped by a signal after iteration" in runs.log("limited") and "DUE TO TIME LIMIT" not in runs.log("limited")
     assert len(runs.losses("limited")) == ITERATIONS
+
+
+def test_a_notice_before_a_task_has_started_is_not_lost(runs: Runs):
+    job = runs.wait("late")
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), runs.log("late")
+    assert "stopped by a signal after iteration 1 of" in runs.log("late")
 
 
 def test_a_cancelled_job_saves_and_stays_away(runs: Runs):
