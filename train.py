@@ -59,7 +59,7 @@ class Config:
     """The top level of a config. Each section is the keywords of the function or class in brackets.
 
     model [models.build_model], data [data.Data and the data set that `type` names], optimizer [build_optimizer], schedule [learning_rate],
-    evaluation [Evaluation], checkpoint [Checkpoint], log [Log].
+    evaluation [Evaluation], checkpoint [Checkpoint], log [Logging].
     precision: "fp32", "bf16", "fp16" (with loss scaling), "fp64", or "auto": bf16 where the hardware computes in it, else fp32.
     clip_grad: the largest 2-norm of the gradient. deterministic: only operations that repeat bit for bit (a CPU's always do).
     compile: torch.compile. timeout: seconds after which a process that does not answer ends the run.
