@@ -1646,12 +1646,16 @@ class Segmentor(nn.Module):
 
 
 def compiled(net: nn.Module, **options) -> nn.Module:
-    """torch.compile(net), which shall leave two functions alone: it would lose `frozen_statistics` where SyncBN breaks its graph, and the loss's loop.
+    """torch.compile(net), which shall leave three things alone: SyncBN, whose gradient torch 2.11 gets wrong; `frozen_statistics`, which it would
+    lose where SyncBN breaks its graph; the loss's loop.
 
     Said here and not where they stand, since to say it imports the compiler, which takes as long as importing torch.
     """
     global run_again, sum_over_images
     run_again, sum_over_images = torch.compiler.disable(run_again, recursive=False), torch.compiler.disable(sum_over_images)
+    for module in net.modules():
+        if type(module).__name__ == "SyncBatchNorm":  # torch's, or dist_utils'
+            module.forward = torch.compiler.disable(module.forward)
     return torch.compile(net, **options)
 
 
