@@ -41,12 +41,13 @@ def prepare(self, batch, device):
     return _prepare(self, batch, device)
 Data.prepare = prepare
 """
-# With LATE set, the first start of a task takes seconds before it imports anything, and says so in a file.
+# With LATE set, the first start of a task says so in that file, and imports nothing before a signal has come that it holds back.
 LATE = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 if os.environ.get("LATE") and "SLURM_RESTART_COUNT" not in os.environ and "submitit.core._submit" in sys.orig_argv:
     pathlib.Path(os.environ["LATE"]).touch()
-    time.sleep(5)
+    while signal.SIGUSR2 not in signal.sigpending():
+        time.sleep(0.05)
 """
 SUBMIT = """
 import json, os, sys, launch_slurm
