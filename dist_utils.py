@@ -55,11 +55,11 @@ def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
         store = store or _store_of_this_start(next(dist.rendezvous("env://", timeout=limit))[0], number, processes, timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, store=store, rank=number, world_size=processes,
                                 device_id=device if device.type == "cuda" else None)
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ProcessError(f"rank {os.environ.get('RANK')} cannot meet the others at {address}: {str(error).splitlines()[0]} If another job "
-                           "holds that port, choose a free one (torchrun --standalone, or --master_port); if not, see that rank 0's "
-                           "machine can be reached under that name.") from None
+                           "holds that port, choose a free one (torchrun --standalone, or --master_port); if not, see that all were started and that "
+                           "rank 0's machine can be reached under that name.") from None
     except RuntimeError as error:
         if "gloo" not in str(error).lower():
             raise

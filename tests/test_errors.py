@@ -284,5 +284,18 @@ def test_port_in_use(tiny, run):
         assert str(port) in process.output() and "--standalone" in process.output() and "Traceback" not in process.output()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_starts(tiny, run, rank):
+    """The other waits for it, for the config's `timeout`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    tiny["timeout"] = 2
+    process = run(tiny, env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                  expect=1)
+    assert f"rank {rank} cannot meet the others at 127.0.0.1:{port}" in process.output() and "were started" in process.output()
+    assert "Traceback" not in process.output()
+
+
 def test_eval_only_needs_weights(tiny, run):
     assert "--load-from" in failing(run, tiny, "--eval-only")
