@@ -50,6 +50,10 @@ def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
+    missing = [name for name in ["RANK"] + ["MASTER_ADDR", "MASTER_PORT"] * (store is None) if name not in os.environ]
+    if missing:
+        raise ProcessError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but there is no {', '.join(missing)}. Start several processes by "
+                           "torchrun or launch_slurm.py; for one alone, unset WORLD_SIZE.")
     number, processes, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), datetime.timedelta(seconds=timeout)
     try:
         store = store or _store_of_this_start(next(dist.rendezvous("env://", timeout=limit))[0], number, processes, timeout)
@@ -57,13 +61,13 @@ def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
                                 device_id=device if device.type == "cuda" else None)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ProcessError(f"rank {os.environ.get('RANK')} cannot meet the others at {address}: {str(error).splitlines()[0]} If another job "
+        raise ProcessError(f"rank {number} cannot meet the others at {address}: {str(error).splitlines()[0]} If another job "
                            "holds that port, choose a free one (torchrun --standalone, or --master_port); if not, see that all were started and that "
                            "rank 0's machine can be reached under that name.") from None
     except RuntimeError as error:
         if "gloo" not in str(error).lower():
             raise
-        raise ProcessError(f"rank {os.environ.get('RANK')} cannot connect to the others: {str(error).splitlines()[0]} What they printed last may say why.") from None
+        raise ProcessError(f"rank {number} cannot connect to the others: {str(error).splitlines()[0]} What they printed last may say why.") from None
     return device
 
 

@@ -297,5 +297,10 @@ def test_a_process_that_never_starts(tiny, run, rank):
     assert "Traceback" not in process.output()
 
 
+def test_processes_that_nobody_numbers(tiny, run):
+    output = run(tiny, env={"WORLD_SIZE": "2"}, expect=1).output()
+    assert "no RANK, MASTER_ADDR, MASTER_PORT" in output and "torchrun" in output and "Traceback" not in output
+
+
 def test_eval_only_needs_weights(tiny, run):
     assert "--load-from" in failing(run, tiny, "--eval-only")

@@ -22,7 +22,7 @@ from test_train import WITHOUT_BATCH_NORM, assert_same, assert_same_run, checkpo
 
 import train
 
-KILLS, FUZZ, LONG = (int(os.environ.get(name, default)) for name, default in (("KILLS", 6), ("FUZZ", 120), ("LONG", 160)))
+KILLS, FUZZ, LONG = (int(os.environ.get(name, default)) for name, default in (("KILLS", 6), ("FUZZ", 150), ("LONG", 240)))
 
 
 def wait_for(true, process: Run, seconds: float = 60) -> None:
