@@ -20,7 +20,6 @@ import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -60,11 +59,26 @@ def torchvision_decodes() -> bool:
     return hasattr(torch.ops.image, "decode_image")
 
 
+@contextlib.contextmanager
+def readable(path: str) -> Iterator[None]:
+    """What goes wrong within with the file at `path` is a DataError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path}: this file is gone. Put it back, or start anew so that the folders are read again") from None
+    except (OSError, EOFError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be decoded ({error}). The file is cut short, damaged, too large or of an unknown kind: "
+                        "bring it again, or take it and its label out of the data set") from None
+
+
 def read(path: str) -> np.ndarray:
     """Any image file or .npy as it stands: (H, W) or (H, W, C), the values of the file, a palette PNG as its indices."""
-    try:
+    with readable(path):
         if path.endswith(".npy"):
-            return np.load(path, allow_pickle=False)
+            array = np.load(path, allow_pickle=False)
+            if not isinstance(array, np.ndarray) or array.ndim < 2 or array.dtype.kind not in "buif":
+                raise ValueError("it holds no array (H, W) or (H, W, C) of numbers")
+            return array
         with Image.open(path) as image:                      # reads the header alone, and refuses an image bomb
             if image.format in ("PNG", "JPEG") and image.mode in ("L", "LA", "RGB", "RGBA", "I;16") and torchvision_decodes():
                 return torch.ops.image.decode_image(torch.ops.image.read_file(path), 0, False).permute(1, 2, 0).numpy()     # (H, W, C)
@@ -73,18 +87,13 @@ def read(path: str) -> np.ndarray:
             if image.format != "TIFF" or image.n_frames == 1:
                 return np.array(image)
             return np.stack([np.asarray(image) for page in range(image.n_frames) if image.seek(page) is None], axis=-1)   # a band a page
-    except FileNotFoundError:
-        raise DataError(f"{path}: this file is gone. Put it back, or start anew so that the folders are read again") from None
-    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}). The file is cut short, damaged, too large or of an unknown kind: "
-                        "bring it again, or take it and its label out of the data set") from None
 
 
 def read_image(path: str, channels: int) -> np.ndarray:
     """(H, W, channels) uint8, uint16 or float32. Grey becomes RGB and an alpha channel is dropped where 3 channels are asked for."""
     image = read(path)
     if image.ndim == 2 and image.dtype == np.uint8 and channels == 3 and not path.endswith(".npy"):
-        with Image.open(path) as source:
+        with readable(path), Image.open(path) as source:
             image = np.array(source.convert("RGB")) if source.mode == "P" else image          # a palette PNG
     image = image[..., None] if image.ndim == 2 else image
     if channels == 3 and image.shape[-1] in (1, 2):
@@ -113,8 +122,11 @@ def scan(top: str, suffix: str | None) -> dict[str, str]:
     """The files under `top`: name without suffix -> path, both relative to `top`. Without a suffix: every kind that can be read."""
     if not os.path.isdir(top):
         raise DataError(f"{top}: there is no such folder. Check data.root, and how the folders in it are named")
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}). Make it readable, or take it out of the data set")
     found = {}
-    for where, _, names in os.walk(top, followlinks=True):
+    for where, folders, names in os.walk(top, onerror=unreadable, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             ending = os.path.splitext(name)[1] if suffix is None else suffix
             if name.startswith(".") or not name.endswith(ending) or suffix is None and ending.lower() not in SUFFIXES:
@@ -207,15 +219,19 @@ class Folder:
                  files: str | None = None, image_suffix: str | None = None, label_suffix: str | None = None,
                  palette: list[list[int]] | None = None, ignore_index: int | list[int] = 255, reduce_zero_label: bool = False,
                  values: list[int] | None = None, in_channels: int = 3):
-        self.root, self.classes, self.in_channels = os.path.abspath(os.path.expanduser(root)), list(classes), in_channels
+        self.root, self.classes, self.in_channels = os.path.abspath(root), list(classes), in_channels
         self.palette = voc_palette(len(classes)) if palette is None else palette
         self.values = list(range(reduce_zero_label, len(classes) + reduce_zero_label)) if values is None else values
         if not 0 < len(classes) < OUTSIDE or not len(self.palette) == len(self.values) == len(classes):
             raise DataError(f"data: {len(classes)} classes, {len(self.palette)} colours in palette, {len(self.values)} values. "
                             f"Name 1 to {OUTSIDE - 1} classes, and as many colours and values, if any")
+        if not all(len(colour) == 3 and 0 <= min(colour) and max(colour) <= 255 for colour in self.palette):
+            raise DataError("data.palette: a colour is [red, green, blue], each of 0..255")
         ignored = [ignore_index] if isinstance(ignore_index, int) else ignore_index
         if not all(0 <= value <= 255 for value in (*self.values, *ignored)):
             raise DataError(f"data: ignore_index {ignore_index} and the values of the classes {self.values} must be within 0..255")
+        if len({*self.values}) < len(self.values):
+            raise DataError(f"data.values: {self.values} names a value twice, so that a class would never occur")
         self.table = np.full(256, OUTSIDE, np.uint8)                        # value in the file -> class
         self.table[[0] * reduce_zero_label + [IGNORE]] = IGNORE
         self.table[self.values] = np.arange(len(classes))
@@ -246,23 +262,27 @@ class Folder:
         path, pairs, names = os.path.join(self.root, files), set(), set()
         if not os.path.isfile(path):
             raise DataError(f"{path}: there is no such file (data.files)")
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(map(str.strip, lines), 1):
-                columns = line.split("\t") if "\t" in line else line.split()
-                if line in image_of:
-                    names.add(line)
-                elif len(columns) == 2:
-                    for column in columns:
-                        full = os.path.normpath(os.path.join(self.root, column))
-                        if os.path.commonpath([self.root, full]) != self.root:
-                            raise DataError(f"{path}, line {number}: {column} is outside data.root ({self.root}), and is not read")
-                        if not os.path.isfile(full):
-                            raise DataError(f"{path}, line {number}: there is no file {full}")
-                    pairs.add(tuple(map(os.path.normpath, columns)))
-                elif columns and columns[0] in image_of:
-                    names.add(columns[0])
-                elif columns:
-                    raise DataError(f"{path}, line {number}: there is no image named {columns[0]} in the folder of data.images")
+        try:
+            with open(path, encoding="utf-8-sig") as text:               # with or without the mark that Windows puts first
+                lines = text.read().splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: is no text in UTF-8 ({error}). Save it as such") from None
+        for number, line in enumerate(map(str.strip, lines), 1):
+            columns = line.split("\t") if "\t" in line else line.split()
+            if line in image_of:
+                names.add(line)
+            elif len(columns) == 2:
+                for column in columns:
+                    full = os.path.normpath(os.path.join(self.root, column))
+                    if os.path.commonpath([self.root, full]) != self.root:
+                        raise DataError(f"{path}, line {number}: {column} is outside data.root ({self.root}), and is not read")
+                    if not os.path.isfile(full):
+                        raise DataError(f"{path}, line {number}: there is no file {full}")
+                pairs.add(tuple(map(os.path.normpath, columns)))
+            elif columns and columns[0] in image_of:
+                names.add(columns[0])
+            elif columns:
+                raise DataError(f"{path}, line {number}: there is no image named {columns[0]} in the folder of data.images")
         return list(pairs), list(names)
 
     def __len__(self) -> int:
@@ -279,7 +299,7 @@ class Folder:
         path = self.name(i)
         if path.endswith(".npy"):
             return self.load(i)[1].shape
-        with Image.open(path) as image:
+        with readable(path), Image.open(path) as image:
             return image.size[::-1]
 
     def load(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -379,7 +399,10 @@ def oxford_pet(split: str, *, root: str, download: bool = False) -> Folder:
         with open(os.path.join(root, ".download"), "w") as lock:            # the processes of one machine take turns
             fcntl.flock(lock, fcntl.LOCK_EX)
             import torchvision
-            torchvision.datasets.OxfordIIITPet(root, target_types="segmentation", download=True)
+            try:
+                torchvision.datasets.OxfordIIITPet(root, target_types="segmentation", download=True)
+            except (OSError, RuntimeError) as error:
+                raise DataError(f"{root}: Oxford-IIIT Pet cannot be downloaded ({error}). Bring it from where there is a network") from None
     return Folder({"train": "trainval", "val": "test"}.get(split, split), root=os.path.join(root, "oxford-iiit-pet"), images="images",
                   image_suffix=".jpg", labels="annotations/trimaps", files="annotations/{split}.txt", reduce_zero_label=True,
                   classes=["pet", "background", "border"])
@@ -569,8 +592,8 @@ def resample(image: np.ndarray, scaled: tuple[int, int], box: tuple[int, int, in
     As cv2.INTER_LINEAR: pixel centres at halves, no antialiasing. Returns (C, height, width), channels last in memory, uint8 or float32.
     """
     (skip_y, y0, y1), (skip_x, x0, x1) = (span(*axis) for axis in zip(box[:2], box[2:], image.shape, scaled))
-    piece = np.ascontiguousarray(image[y0:y1, x0:x1])
-    piece = torch.from_numpy(piece if piece.dtype == np.uint8 else piece.astype(np.float32))[None].permute(0, 3, 1, 2)    # (1, C, h, w)
+    piece = np.ascontiguousarray(image[y0:y1, x0:x1], np.uint8 if image.dtype == np.uint8 else np.float32)
+    piece = torch.from_numpy(piece)[None].permute(0, 3, 1, 2)           # (1, C, h, w)
     if scaled != image.shape[:2]:
         size = [skip_y + box[2], skip_x + box[3]]
         size = [out + (out == whole) for out, whole in zip(size, piece.shape[2:])]     # torch copies an axis of the same size as it is
@@ -742,13 +765,14 @@ class Data:
                  photometric: bool = True, in_channels: int = 3, mean: list[float] = IMAGENET_MEAN, std: list[float] = IMAGENET_STD,
                  cache: str | None = None, train_split: str = "train", val_split: str = "val", seed: int = 0, **dataset):
         self.type, self.batch_size, self.accumulate, self.workers, self.cache = type, batch_size, accumulate, workers, cache
+        dataset |= {"root": os.path.expanduser(dataset["root"])} if "root" in dataset else {}
         self.in_channels, self.train_split, self.val_split, self.keywords = in_channels, train_split, val_split, dataset
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))      # (C, 1, 1)
         self.sampling = {"seed": seed, "crop_size": tuple(crop_size), "scale": scale, "ratio_range": tuple(ratio_range),
                          "cat_max_ratio": cat_max_ratio, "flip": flip, "photometric": photometric}
         if type not in DATASETS:
             raise DataError(f"data.type: {type} is none of {', '.join(DATASETS)}")
-        if not len(mean) == len(std) == in_channels or min(std) <= 0:
+        if not len(mean) == len(std) == in_channels or not all(value > 0 for value in std):
             raise DataError(f"data: in_channels is {in_channels}: mean {list(mean)} and std {list(std)} need as many values, std above 0")
         if in_channels != 3:
             if type != "folder":
@@ -758,7 +782,7 @@ class Data:
         for name, number in least.items():
             if number < 1:
                 raise DataError(f"data.{name}: {number} where 1 or more is needed")
-        if workers < 0 or not 0 < ratio_range[0] <= ratio_range[1]:
+        if workers < 0 or not 0 < ratio_range[0] <= ratio_range[1] < math.inf:
             raise DataError(f"data: workers ({workers}) must be 0 or more, and ratio_range {list(ratio_range)} rise from above 0")
 
     def to(self, device: torch.device) -> "Data":
@@ -779,6 +803,10 @@ class Data:
     @functools.cached_property
     def val(self):
         return self.split(self.val_split)
+
+    @functools.cached_property
+    def val_sizes(self) -> list[tuple[int, int]]:
+        return [self.val.size(i) for i in range(len(self.val))]
 
     @functools.cached_property
     def samples(self) -> TrainSamples:
@@ -821,15 +849,17 @@ class Data:
         """
         groups = {}
         for i in range(len(self.val))[rank::world]:
-            groups.setdefault(self.val.size(i) if batch_size > 1 else i, []).append(i)
+            groups.setdefault(self.val_sizes[i] if batch_size > 1 else i, []).append(i)
         batches = [group[k:k + batch_size] for group in groups.values() for k in range(0, len(group), batch_size)]
         return Batches(ValSamples(self.val, scale), batches, min(self.workers, len(batches)))
 
     def prepare(self, batch: dict[str, torch.Tensor], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         """A host batch -> image (n, C, h, w) float32, normalised, channels last, and label (n, H, W) uint8, both on `device`."""
         host = batch["image"]
-        image = host.to(device, non_blocking=True).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        if "colour" in batch and self.sampling["photometric"] and host.dtype == torch.uint8 and host.shape[1] == 3:
+        distorted = "colour" in batch and self.sampling["photometric"] and host.dtype == torch.uint8 and host.shape[1] == 3
+        layout = torch.contiguous_format if distorted else torch.preserve_format      # distort() works plane by plane
+        image = host.to(device, non_blocking=True).to(torch.float32, memory_format=layout, copy=True)
+        if distorted:
             image = distort(image, batch["colour"].to(device, non_blocking=True))
         image = image.sub_(self.mean).div_(self.std)
         if "valid" in batch and bool((batch["valid"] != torch.tensor(host.shape[2:])).any()):        # known on the host: no sync
@@ -844,19 +874,20 @@ class Data:
 
     def check(self, train: bool = True, val: bool = True, count: int = 8) -> None:
         """Decodes `count` samples spread over each split. Raises DataError for the first that is wrong, or if crops would be padding."""
-        crop, largest = self.sampling["crop_size"], 0
-        for dataset in [self.train] * train + [self.val] * val:
-            values = np.zeros(256, int)
+        crop, filled = self.sampling["crop_size"], {}
+        for split in ["train"] * train + ["val"] * val:
+            dataset, values = getattr(self, split), np.zeros(256, int)
             for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist():
                 _, label = dataset.load(i)
                 values += np.bincount(label.ravel(), minlength=256)
-                size = scaled_size(*label.shape, self.sampling["scale"], self.sampling["ratio_range"][1])
-                largest = max(largest, min(size[0], crop[0]) * min(size[1], crop[1]))
+                if split == "train":                                    # the others are not cropped
+                    size = scaled_size(*label.shape, self.sampling["scale"], self.sampling["ratio_range"][1])
+                    filled[size] = min(size[0], crop[0]) * min(size[1], crop[1])
             if looks_like_mask(values, dataset):
-                warnings.warn(f"{dataset.name(0)} and {count} more: {MASK}", stacklevel=2)
-        if largest < crop[0] * crop[1] / 4:
+                warnings.warn(f"{dataset.name(0)} and others: {MASK}", stacklevel=2)
+        if filled and max(filled.values()) < crop[0] * crop[1] / 4:
             raise DataError(f"data.crop_size: {list(crop)} is more than four times what an image fills even at the largest ratio "
-                            f"{list(size)}; the net would see little but padding. Lower it, or raise data.scale or data.ratio_range")
+                            f"{list(max(filled, key=filled.get))}; the net would see little but padding. Lower it, or raise data.scale or data.ratio_range")
 
 
 # ----------------------------------------------------------------------------------------------------------- preflight
@@ -869,21 +900,30 @@ def looks_like_mask(count: np.ndarray, dataset) -> bool:
     return len(dataset.classes) == 2 and np.flatnonzero(count).tolist() == [0, IGNORE]
 
 
-def inspect(dataset, i: int) -> tuple[np.ndarray, str | None]:
-    """The number of pixels of each value 0..255 in label i; and what is wrong with the sample."""
-    try:
-        return np.bincount(dataset.load(i)[1].ravel(), minlength=256), None
-    except DataError as error:
-        return np.zeros(256, int), str(error)
+class Labels(Dataset):
+    """Lists of n numbers of samples -> the pixels of each value 0..255 in their labels (n, 256), and what is wrong with each, or ""."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, numbers) -> tuple[np.ndarray, list[str]]:
+        count, problems = zip(*map(self.inspect, numbers))
+        return np.stack(count), list(problems)
+
+    def inspect(self, i: int) -> tuple[np.ndarray, str]:
+        try:
+            return np.bincount(self.dataset.load(i)[1].ravel(), minlength=256), ""
+        except DataError as error:
+            return np.zeros(256, int), str(error)
 
 
 def preflight(dataset, processes: int) -> list[str]:
     """Decodes every sample, prints class frequencies, suggested class weights and labels without a class; returns what is wrong."""
-    with multiprocessing.Pool(processes) as pool:
-        results = pool.imap(functools.partial(inspect, dataset), range(len(dataset)), 4)
-        found = list(tqdm(results, "look at every file", len(dataset), leave=False))
-    problems = [problem for _, problem in found if problem]
-    count = np.stack([count for count, problem in found])                                    # (samples, 256)
+    parts, found = [range(k, min(k + 16, len(dataset))) for k in range(0, len(dataset), 16)], []
+    count = np.zeros((len(dataset), 256), int)
+    for part, (rows, problems) in zip(parts, tqdm(Batches(Labels(dataset), parts, min(processes, len(parts))), "look at every file", leave=False)):
+        count[part.start:part.stop] = rows  # copied, as what comes from a worker keeps a file open
+        found += problems
     classes = count[:, :len(dataset.classes)]
     total, images = classes.sum(0), (classes > 0).sum(0)
     # median frequency balancing (Eigen and Fergus, 2015): frequency in the images where a class occurs at all
@@ -894,10 +934,10 @@ def preflight(dataset, processes: int) -> list[str]:
     for name, part, number, factor in zip(dataset.classes, (total / max(total.sum(), 1)).tolist(), images.tolist(), weight.tolist()):
         print(f"{name:24s}{part:9.3%}{number:9d}{factor:9.2f}" + "   never occurs" * (number == 0))
     print("suggested class_weight:", [round(float(w), 2) for w in weight.clip(0, 10)])
-    empty = [dataset.name(i) for i, (row, (_, problem)) in enumerate(zip(classes, found)) if not row.any() and not problem]
+    empty = [dataset.name(i) for i, (row, problem) in enumerate(zip(classes, found)) if not row.any() and not problem]
     if empty:
         print(f"{len(empty)} labels in which nothing is scored, such as that of {empty[0]}")
-    return problems + [f"{dataset.name(0)} and all others: {MASK}"] * looks_like_mask(count.sum(0), dataset)
+    return [*filter(None, found)] + [f"{dataset.name(0)} and all others: {MASK}"] * looks_like_mask(count.sum(0), dataset)
 
 
 def contact_sheet(data: Data, path: str, count: int = 12) -> None:
@@ -921,7 +961,10 @@ def contact_sheet(data: Data, path: str, count: int = 12) -> None:
         x, y = c % 6 * sheet.width // 6, sheet.height + c // 6 * 16
         draw.rectangle((x + 2, y + 2, x + 14, y + 14), fill=tuple(colour))
         draw.text((x + 18, y + 2), name, fill="black")
-    legend.save(path)
+    try:
+        legend.save(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the contact sheet cannot be written ({error}). Name a .png in a folder that can, by --sheet") from None
 
 
 def main(argv: list[str] | None = None) -> int:

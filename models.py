@@ -8,11 +8,11 @@ import difflib
 import inspect
 import math
 import os
-import pickle
 import re
 import traceback
 import types
 import typing
+import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -104,13 +104,13 @@ def without_fixed(cls: type, section: dict, place: str) -> dict:
     return kept
 
 
-def construct(table: dict, section: dict, place: str, **extra):
-    """`{"type": "PSPHead", "channels": 512, ...}` -> `table["PSPHead"](channels=512, ..., **extra)`; `place` leads the error messages."""
+def construct(table: dict, section: dict, place: str):
+    """`{"type": "PSPHead", "channels": 512, ...}` -> `table["PSPHead"](channels=512, ...)`; `place` leads the error messages."""
     section = {key: value for key, value in section.items() if key != "init_cfg"}
     kind = str(section.pop("type", None)).removeprefix("mmpretrain.")
     if kind not in table:
         raise ConfigError(f"{place}.type: is {kind!r}; {nearest(kind, list(table))}")
-    section = {**without_fixed(table[kind], section, place), **extra}
+    section = without_fixed(table[kind], section, place)
     check_keywords(table[kind], section, place)
     try:
         return table[kind](**section)
@@ -292,8 +292,10 @@ class Backbone(nn.Module):
     """What all backbones share. `out_indices`: the stages whose maps are given out. `with_cp`: activation checkpointing of each block."""
     torchvision_name = None  # of the same net in torchvision.models, whose weights load
 
-    def __init__(self, *, in_channels: int = 3, out_indices: list[int] = (0, 1, 2, 3), with_cp: bool = False):
+    def __init__(self, stages: int, /, *, in_channels: int = 3, out_indices: list[int] = (0, 1, 2, 3), with_cp: bool = False):
         super().__init__()
+        if not out_indices or not all(0 <= i < stages for i in out_indices):
+            raise ValueError(f"out_indices is {list(out_indices)}; it names stages, from 0 to {stages - 1}")
         self.in_channels, self.out_indices, self.with_cp = in_channels, out_indices, with_cp
 
     def from_torchvision(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -356,11 +358,11 @@ class ResNet(Backbone):
     def __init__(self, *, depth: int, stem_channels: int = 64, base_channels: int = 64, num_stages: int = 4,
                  strides: list[int] = (1, 2, 2, 2), dilations: list[int] = (1, 1, 1, 1), contract_dilation: bool = False,
                  multi_grid: list[int] | None = None, deep_stem: bool = False, zero_init_residual: bool = True, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(num_stages, **kwargs)
         if depth not in self.LAYERS:
             raise ValueError(f"depth is {depth}; it can be {sorted(self.LAYERS)}")
-        if not len(strides) == len(dilations) == num_stages or max(self.out_indices) >= num_stages:
-            raise ValueError(f"num_stages is {num_stages}: strides and dilations need as many values, out_indices lie below")
+        if not len(strides) == len(dilations) == num_stages <= 4:
+            raise ValueError(f"num_stages is {num_stages}; it can be 4 at most, and strides and dilations need as many values")
         self.torchvision_name = f"resnet{depth}"
         block, counts = self.LAYERS[depth]
         if multi_grid and len(multi_grid) < counts[num_stages - 1]:
@@ -460,7 +462,7 @@ class HRNet(Backbone):
     FIXED = {"zero_init_residual": [False], "multiscale_output": [True]}
 
     def __init__(self, *, extra: dict, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(4, **kwargs)
         check_keywords(make_hr_stages, extra, "extra")
         stages = make_hr_stages(**extra)
         self.conv1, self.bn1 = nn.Conv2d(self.in_channels, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64)
@@ -572,7 +574,7 @@ class MixVisionTransformer(Backbone):
                  num_heads: list[int] = (1, 2, 4, 8), patch_sizes: list[int] = (7, 3, 3, 3), strides: list[int] = (4, 2, 2, 2),
                  sr_ratios: list[int] = (8, 4, 2, 1), mlp_ratio: int = 4, qkv_bias: bool = True, drop_rate: float = 0.0,
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(num_stages, **kwargs)
         if {len(x) for x in (num_layers, num_heads, patch_sizes, strides, sr_ratios)} != {num_stages}:
             raise ValueError(f"num_layers, num_heads, patch_sizes, strides and sr_ratios need num_stages, {num_stages}, values each")
         rates = drop_path_rates(drop_path_rate, num_layers)
@@ -628,9 +630,9 @@ class MobileNetV2(Backbone):
 
     def __init__(self, *, widen_factor: float = 1.0, strides: list[int] = (1, 2, 2, 2, 1, 2, 1), dilations: list[int] = (1,) * 7,
                  out_indices: list[int] = (1, 2, 4, 6), **kwargs):
-        super().__init__(out_indices=out_indices, **kwargs)
-        if not len(strides) == len(dilations) == 7 or max(out_indices) > 6:
-            raise ValueError("strides and dilations need seven values each, out_indices lie below 7")
+        super().__init__(7, out_indices=out_indices, **kwargs)
+        if not len(strides) == len(dilations) == 7:
+            raise ValueError("strides and dilations need seven values each")
 
         def width(channels: float) -> int:
             """A multiple of 8, not more than a tenth less."""
@@ -688,7 +690,7 @@ class ConvNeXt(Backbone):
     FIXED = {"norm_cfg": [{"type": "LN2d", "eps": 1e-6}], "act_cfg": [{"type": "GELU"}], "gap_before_final_norm": [False]}
 
     def __init__(self, *, arch: str = "tiny", drop_path_rate: float = 0.0, layer_scale_init_value: float = 1e-6, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(4, **kwargs)
         if arch not in self.ARCHS:
             raise ValueError(f"arch is {arch!r}; it can be {', '.join(self.ARCHS)}")
         depths, width = self.ARCHS[arch]
@@ -830,9 +832,9 @@ class SwinTransformer(Backbone):
     def __init__(self, *, embed_dims: int = 96, depths: list[int] = (2, 2, 6, 2), num_heads: list[int] = (3, 6, 12, 24),
                  window_size: int = 7, mlp_ratio: int = 4, qkv_bias: bool = True, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
                  drop_path_rate: float = 0.1, **kwargs):
-        super().__init__(**kwargs)
-        if len(depths) != len(num_heads) or max(self.out_indices) >= len(depths):
-            raise ValueError("depths and num_heads need one value a stage, out_indices lie below their number")
+        super().__init__(len(depths), **kwargs)
+        if len(depths) != len(num_heads):
+            raise ValueError("depths and num_heads need one value a stage")
         sizes = {(96, 6): "t", (96, 18): "s", (128, 18): "b"}
         self.torchvision_name = f"swin_{sizes[embed_dims, depths[2]]}" if (embed_dims, depths[2]) in sizes else None
         self.patch_embed = PatchEmbed(self.in_channels, embed_dims, 4, 4, 0, 1e-5)
@@ -891,7 +893,7 @@ class FPN(nn.Module):
                 nn.init.xavier_uniform_(m.weight)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        maps = [conv(x) for conv, x in zip(self.lateral_convs, features)]  # (N, out_channels, h, w) each
+        maps = [conv(x) for conv, x in zip(self.lateral_convs, features, strict=True)]  # (N, out_channels, h, w) each
         for i in reversed(range(len(maps) - 1)):
             maps[i] = maps[i] + F.interpolate(maps[i + 1], maps[i].shape[2:])
         return [conv(x) for conv, x in zip(self.fpn_convs, maps)]
@@ -1007,14 +1009,14 @@ class CrossEntropyLoss(Loss):
         return (pixels if weight is None else pixels * weight).sum()
 
     def divisor(self, logits: Tensor, label: Tensor) -> int | Tensor:
-        valid, weighted = label != IGNORE, self.class_weight is not None and not self.use_sigmoid
+        weighted = self.class_weight is not None and not self.use_sigmoid
         entries = logits.shape[1] if self.use_sigmoid else 1
         if not weighted and not self.avg_non_ignore:
             return label.numel() * entries
-        counts = valid
+        counts = label != IGNORE
         if weighted:
             factors = self.class_weight[label.long().clamp(max=len(self.class_weight) - 1)]
-            counts = torch.where(valid, factors, float(not self.avg_non_ignore))
+            counts = torch.where(counts, factors, float(not self.avg_non_ignore))
         count = counts.sum().to(precise(logits).dtype) * entries
         return (mean_over_processes(count) if self.training else count).clamp(min=1e-6)
 
@@ -1045,11 +1047,12 @@ class FocalLoss(Loss):
 
     def __init__(self, *, gamma: float = 2.0, alpha: float | list[float] = 0.5, **kwargs):
         super().__init__(**kwargs)
-        self.gamma, self.alpha = gamma, alpha
+        self.gamma = gamma
+        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float64).view(-1, 1, 1), persistent=False)
 
     def total(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         t = one_hot(label, logits.shape[1]).to(logits.dtype)
-        alpha = logits.new_tensor(self.alpha).view(-1, 1, 1)
+        alpha = self.alpha.to(logits.dtype)
         factors = alpha * t + (1 - alpha) * (1 - t)
         if self.class_weight is not None:
             factors = factors * self.class_weight.to(logits.dtype).view(-1, 1, 1)
@@ -1108,6 +1111,8 @@ class OHEMPixelSampler:
     `thresh`, at least `min_kept` an image (on the batch's average); without `thresh` for exactly those; 0 for the rest."""
 
     def __init__(self, *, thresh: float | None = None, min_kept: int = 100000):
+        if min_kept < 1:
+            raise ValueError(f"min_kept is {min_kept}; it must be 1 or more")
         self.thresh, self.min_kept = thresh, min_kept
 
     @torch.no_grad()
@@ -1120,9 +1125,9 @@ class OHEMPixelSampler:
         probability[~valid] = 2  # beyond every valid one
         kept, ordered = self.min_kept * len(label), probability.flatten().sort().values
         if self.thresh is None:
-            last = ordered[(valid.sum() - 1).clamp(0, kept - 1)]
+            last = ordered.take((valid.sum() - 1).clamp(0, kept - 1))  # indexing would wait for the device
             return (valid & (probability <= last)).to(probability.dtype)
-        last = ordered[(valid.sum() - 1).clamp(0, kept)].clamp(min=self.thresh)
+        last = ordered.take((valid.sum() - 1).clamp(0, kept)).clamp(min=self.thresh)
         return (valid & (probability < last)).to(probability.dtype)
 
 
@@ -1164,6 +1169,8 @@ class DecodeHead(nn.Module):
         self.loss_decode = nn.ModuleList(construct(LOSSES, {"type": "CrossEntropyLoss", **loss}, "loss_decode") for loss in losses)
         if self.out_channels == 1 and any(isinstance(x, CrossEntropyLoss) and not x.use_sigmoid for x in self.loss_decode):
             raise ValueError("with one output channel, loss_decode needs use_sigmoid: true")
+        if not losses or self.out_channels == 1 and sampler:
+            raise ValueError("loss_decode is empty; leave it out for CrossEntropyLoss" if not losses else "a sampler needs an output channel for each class")
         self.sampler = construct(SAMPLERS, sampler, "sampler") if sampler else None
         self.dropout = nn.Dropout2d(max(dropout_ratio, 0))
         self.conv_seg = nn.Conv2d(channels, self.out_channels, 1)
@@ -1484,7 +1491,10 @@ class EncHead(DecodeHead):
         self.se_layer = None
         if use_se_loss:
             section = {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 0.2, **loss_se_decode}
-            self.se_weight = construct(LOSSES, section, "loss_se_decode").loss_weight
+            loss = construct(LOSSES, section, "loss_se_decode")
+            if type(loss) is not CrossEntropyLoss or not loss.use_sigmoid or loss.class_weight is not None:
+                raise ValueError("loss_se_decode is always CrossEntropyLoss with use_sigmoid and without class_weight; only its loss_weight can be set")
+            self.se_weight = loss.loss_weight
             self.se_layer = nn.Linear(self.channels, self.num_classes)
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
@@ -1677,6 +1687,8 @@ def assemble(*, backbone: dict, decode_head: dict | list[dict], auxiliary_head: 
         if isinstance(section, (list, tuple)):
             return [construct(HEADS, s, f"{place}.{i}") for i, s in enumerate(section)]
         return construct(HEADS, section, place) if section else None
+    if not decode_head:
+        raise ConfigError('model.decode_head: is empty; name a head, such as {"type": "FCNHead", ...}')
     backbone = dict(backbone)
     init = backbone.get("init_cfg") or {}
     weights = backbone.pop("pretrained", None) or pretrained or (init.get("checkpoint") if isinstance(init, dict) else None)
@@ -1707,7 +1719,10 @@ def load_pretrained(model: Segmentor) -> str | None:
     if name is None:
         return None
     if os.path.exists(name):
-        state = read_weights(name)
+        try:
+            state = read_weights(name)
+        except ValueError as error:
+            raise ConfigError(f"model.backbone.pretrained: {name} cannot be read as weights: {error}") from None
     else:
         state = fetch(name, model.backbone.torchvision_name)
     state = plain_state(state)
@@ -1715,15 +1730,39 @@ def load_pretrained(model: Segmentor) -> str | None:
         state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     if any(key.startswith("features.") for key in state):
         state = model.backbone.from_torchvision(state)
-    return f"pretrained {name}: " + copy_matching(model.backbone, state)
-
-
-def read_weights(path: str) -> dict:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise ConfigError(f"model.backbone.pretrained: {path} cannot be read as weights: {reason}") from None
+        return f"pretrained {name}: " + copy_matching(model.backbone, state)
+    except ConfigError as error:
+        raise ConfigError(f"model.backbone.pretrained: {name}: {error}. Name weights of this backbone, or null") from None
+
+
+class Absent:
+    """Takes the place of the log that MMEngine keeps in its checkpoints as Python objects, so that the tensors beside it can be read. Does nothing."""
+
+    def __init__(self, *arguments: object, **keywords: object): ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+
+def read_weights(path: str | os.PathLike) -> dict:
+    """The dict in a file, onto the CPU, without running code that may be in it. Raises ValueError with what is wrong."""
+    try:
+        names = []
+        if zipfile.is_zipfile(path):  # torch.save writes a CRC-32 of each record, which torch.load does not look at
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"record {damaged} does not match its checksum")
+            names = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if re.match(r"(mmengine|numpy)\.|builtins\.getattr$", n)]
+        with torch.serialization.safe_globals([(Absent, name) for name in names]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, where a dict of tensors is expected")
+        return content
+    except Exception as error:  # damage can show anywhere in the reader
+        raise ValueError(re.sub(r"\x1b\[\d+m", "", str(error)).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
 def fetch(name: str, net: str | None) -> dict:
@@ -1733,17 +1772,18 @@ def fetch(name: str, net: str | None) -> dict:
         import torchvision  # here, because its import takes as long as torch's, whose compiler it brings
         if net not in torchvision.models.list_models():
             raise ConfigError(f"model.backbone.pretrained: torchvision has no weights {name} for this backbone")
-        weights = torchvision.models.get_model_weights(net)
-        name = "IMAGENET1K_V1" if name.startswith("torchvision://") else name
-        if name not in weights.__members__:
-            raise ConfigError(f"model.backbone.pretrained: {net} has no weights {name}; {nearest(name, list(weights.__members__))}")
-        url = weights[name].url
+        if name.startswith("torchvision://") and name != f"torchvision://{net}":
+            raise ConfigError(f"model.backbone.pretrained: {name} is not of this backbone, which is torchvision://{net}")
+        weights, key = torchvision.models.get_model_weights(net).__members__, re.sub("^torchvision://.*", "IMAGENET1K_V1", name)
+        if key not in weights:
+            raise ConfigError(f"model.backbone.pretrained: {net} has no weights {name}; {nearest(name, list(weights))}")
+        url = weights[key].url
     if not url.startswith(("http://", "https://", "file://")):
         raise ConfigError(f"model.backbone.pretrained: {name} is no file, no URL and no name of weights; names are IMAGENET1K_V1, "
                           f"{', '.join(PRETRAINED)}")
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of the network, the address or the file
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise ConfigError(f"model.backbone.pretrained: {name} cannot be fetched from {url} ({error}). Fetch it where there is a network "
                           f"and put it into {folder}, or name the file: --options model.backbone.pretrained=/path/to/{url.split('/')[-1]}"
@@ -1772,17 +1812,17 @@ def plain_state(state: dict) -> dict[str, Tensor]:
     """The tensors alone, out of a checkpoint's `state_dict`, without a wrapper's `module.`."""
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 def copy_matching(module: nn.Module, state: dict[str, Tensor]) -> str:
     own = module.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    if not fitting:
+    counted = [k for k in own if own[k].is_floating_point()]  # a counter of batches has one shape in every net
+    if not any(k in fitting for k in counted):
         raise ConfigError(f"none of the {len(state)} tensors fits this net: it has {', '.join(list(own)[:3])}, ..., "
                           f"the file {', '.join(list(state)[:3]) or 'none'}, ...")
     module.load_state_dict(fitting, strict=False)
-    counted = [k for k in own if own[k].is_floating_point()]
 
     def listed(title: str, names: list[str]) -> str:
         return f"; {title}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}" if names else ""

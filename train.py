@@ -20,7 +20,6 @@ import resource
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -312,38 +311,15 @@ def link(path: Path, name: Path) -> None:
         write_whole(name, lambda file: file.write(path.read_bytes()))
 
 
-class Absent:
-    """Takes the place of the log that MMEngine keeps in its checkpoints as Python objects, so that the tensors beside it can be read. Does nothing."""
-
-    def __init__(self, *arguments: object, **keywords: object): ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-    def __setitem__(self, key: object, value: object) -> None: ...
-
-
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint, onto the CPU, without running code that may be in it. Raises CheckpointError."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; nothing was started")
     try:
-        if zipfile.is_zipfile(path):  # torch.save writes a CRC-32 of each record, which torch.load does not look at
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise CheckpointError(f"record {damaged} does not match its checksum")
-            names = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if re.match(r"(mmengine|numpy)\.|builtins\.getattr$", n)]
-        else:
-            names = []
-        with torch.serialization.safe_globals([(Absent, name) for name in names]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise CheckpointError(f"it holds a {type(content).__name__}, where a dict of tensors is expected")
-        return content
-    except Exception as error:  # damage can show anywhere in the reader
-        reason = re.sub(r"\x1b\[\d+m", "", str(error)).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {path} is damaged, or holds Python objects, which could run code and are not loaded: {reason}. "
+        return models.read_weights(path)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged, or holds Python objects, which could run code and are not loaded: {error}. "
                               "Take another file, or --resume-from auto for the newest good one of the work_dir.") from None
 
 

@@ -2,6 +2,7 @@
 import colorsys
 import functools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -693,3 +694,32 @@ def test_memory_is_flat(cached):
     for _ in range(2500):  # none is kept
         next(batches)
     assert used() - before < 8 << 20 and len(os.listdir("/proc/self/fd")) == files
+
+
+def test_each_split_is_checked_alone(folder, tmp_path):
+    """To evaluate, neither the training images nor their crops matter; --no-validate needs no validation images."""
+    os.rename(f"{folder['root']}/images/val", tmp_path / "away")
+    Data(**folder).check(val=False)
+    assert "there is no such folder" in complaint(Data(**folder).check)
+    os.rename(tmp_path / "away", f"{folder['root']}/images/val")
+    os.rename(f"{folder['root']}/images/train", tmp_path / "away")
+    Data(**(folder | {"crop_size": [4000, 4000]})).check(train=False)
+
+
+@pytest.mark.parametrize(("section", "says"), [
+    ({"palette": [[0, 0]] * 4}, "data.palette"), ({"palette": [[0, 0, 300]] * 4}, "data.palette"), ({"values": [0, 1, 1, 2]}, "twice"),
+    ({"ratio_range": [1.0, math.inf]}, "ratio_range"), ({"std": [math.nan, 1.0, 1.0]}, "std")])
+def test_settings_that_cannot_be(folder, section, says):
+    assert says in complaint(lambda: Data(**(folder | section)).check())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK"])
+def test_broken_npy(tmp_path, content):
+    (tmp_path / "x.npy").write_bytes(content)
+    assert str(tmp_path / "x.npy") in complaint(lambda: data.read(str(tmp_path / "x.npy")))
+
+
+def test_size_of_a_broken_image(folder):
+    source = Data(**folder)
+    Path(source.val.name(0)).write_bytes(b"nothing")
+    assert source.val.name(0) in complaint(lambda: source.val_batches(batch_size=2))

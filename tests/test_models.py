@@ -658,3 +658,19 @@ def test_check_keywords_of_a_function():
         models.check_keywords(function, {"lr": 1, "beta": 1}, "optimizer")
     with pytest.raises(models.ConfigError, match=r"optimizer\.lr: is missing"):
         models.check_keywords(function, {}, "optimizer")
+
+
+@pytest.mark.parametrize("sampler", [{"type": "OHEMPixelSampler", "thresh": 0.7}, {"type": "OHEMPixelSampler", "min_kept": 10}])
+def test_hard_pixels_without_waiting_for_the_device(sampler):
+    """On the meta device, which has no values to wait for, as train.py tries every config."""
+    with torch.device("meta"):
+        net = small("BasicBlock", {"sampler": sampler}).train()
+        assert net(torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.uint8))
+
+
+def test_weights_of_which_none_fits():
+    """Counters of batches have one shape in every net: they alone are no weights."""
+    net = small("BasicBlock")
+    state = {key: value if value.dim() == 0 else value.repeat(2, *[1] * (value.dim() - 1)) for key, value in net.state_dict().items()}
+    with pytest.raises(models.ConfigError, match="none of the"):
+        models.load_weights(net, state)
