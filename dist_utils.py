@@ -2,6 +2,7 @@
 
 Everything works without a process group too: then there is one process, rank 0 of 1.
 """
+
 import contextlib
 import datetime
 import inspect
@@ -20,8 +21,13 @@ class ProcessError(RuntimeError):
     """The processes cannot start, or one of them was lost."""
 
 
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.14
-COMMUNICATION = (dist.DistError, ProcessError)  # gloo's own errors are plain RuntimeErrors that say gloo
+all_gather = getattr(
+    dist, "all_gather_single", dist.all_gather_into_tensor
+)  # its name since torch 2.14
+COMMUNICATION = (
+    dist.DistError,
+    ProcessError,
+)  # gloo's own errors are plain RuntimeErrors that say gloo
 
 
 def rank() -> int:
@@ -38,40 +44,69 @@ def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
     NCCL connects GPUs, gloo CPUs. `store`: where the processes meet, in place of MASTER_ADDR and MASTER_PORT.
     `timeout`: seconds that a process waits for the others before it ends with an error.
     """
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank, local_world = (
+        int(os.environ.get("LOCAL_RANK", 0)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ProcessError(f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible, {local_world} processes. "
-                               f"Start with --nproc_per_node={torch.cuda.device_count()}.")
+            raise ProcessError(
+                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible, {local_world} processes. "
+                f"Start with --nproc_per_node={torch.cuda.device_count()}."
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif local_world > 1:  # torchrun leaves one thread to each process, whatever the machine has
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
-    missing = [name for name in ["RANK"] + ["MASTER_ADDR", "MASTER_PORT"] * (store is None) if name not in os.environ]
+    missing = [
+        name
+        for name in ["RANK"] + ["MASTER_ADDR", "MASTER_PORT"] * (store is None)
+        if name not in os.environ
+    ]
     if missing:
-        raise ProcessError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but there is no {', '.join(missing)}. Start several processes by "
-                           "torchrun or launch_slurm.py; for one alone, unset WORLD_SIZE.")
-    number, processes, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), datetime.timedelta(seconds=timeout)
+        raise ProcessError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but there is no {', '.join(missing)}. Start several processes by "
+            "torchrun or launch_slurm.py; for one alone, unset WORLD_SIZE."
+        )
+    number, processes, limit = (
+        int(os.environ["RANK"]),
+        int(os.environ["WORLD_SIZE"]),
+        datetime.timedelta(seconds=timeout),
+    )
     try:
-        store = store or _store_of_this_start(next(dist.rendezvous("env://", timeout=limit))[0], number, processes, timeout)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, store=store, rank=number, world_size=processes,
-                                device_id=device if device.type == "cuda" else None)
+        store = store or _store_of_this_start(
+            next(dist.rendezvous("env://", timeout=limit))[0], number, processes, timeout
+        )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=limit,
+            store=store,
+            rank=number,
+            world_size=processes,
+            device_id=device if device.type == "cuda" else None,
+        )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ProcessError(f"rank {number} cannot meet the others at {address}: {str(error).splitlines()[0]} If another job "
-                           "holds that port, choose a free one (torchrun --standalone, or --master_port); if not, see that all were started and that "
-                           "rank 0's machine can be reached under that name.") from None
+        raise ProcessError(
+            f"rank {number} cannot meet the others at {address}: {str(error).splitlines()[0]} If another job "
+            "holds that port, choose a free one (torchrun --standalone, or --master_port); if not, see that all were started and that "
+            "rank 0's machine can be reached under that name."
+        ) from None
     except RuntimeError as error:
         if "gloo" not in str(error).lower():
             raise
-        raise ProcessError(f"rank {number} cannot connect to the others: {str(error).splitlines()[0]} What they printed last may say why.") from None
+        raise ProcessError(
+            f"rank {number} cannot connect to the others: {str(error).splitlines()[0]} What they printed last may say why."
+        ) from None
     return device
 
 
-def _store_of_this_start(store: dist.Store, number: int, processes: int, timeout: float) -> dist.Store:
+def _store_of_this_start(
+    store: dist.Store, number: int, processes: int, timeout: float
+) -> dist.Store:
     """A part of `store` with nothing of an earlier start in it. torchrun 2.14 keeps its store over --max-restarts, with addresses of the dead.
 
     Rank 0 names the start, each other process answers with that name and one of its own, rank 0 lists these: what was left behind has other names.
@@ -80,7 +115,9 @@ def _store_of_this_start(store: dist.Store, number: int, processes: int, timeout
 
     def wait(for_whom: int) -> None:
         if time.monotonic() > end:
-            raise ProcessError(f"rank {for_whom} did not come within {timeout:.0f} s (the config's timeout): see what it printed last")
+            raise ProcessError(
+                f"rank {for_whom} did not come within {timeout:.0f} s (the config's timeout): see what it printed last"
+            )
         time.sleep(0.05)
 
     def read(key: str) -> str:
@@ -151,10 +188,16 @@ class MeanOverProcesses:
 
     def result(self) -> list[float]:
         if self.event:
-            end = time.monotonic() + 0.8 * self.timeout  # a lost process would leave event.synchronize() waiting for ever
+            end = (
+                time.monotonic() + 0.8 * self.timeout
+            )  # a lost process would leave event.synchronize() waiting for ever
             while not self.event.query():
-                if time.monotonic() > end:  # before NCCL's own watchdog, which would end this process without a word
-                    raise ProcessError(f"no answer from the other processes for {self.timeout:.0f} s")
+                if (
+                    time.monotonic() > end
+                ):  # before NCCL's own watchdog, which would end this process without a word
+                    raise ProcessError(
+                        f"no answer from the other processes for {self.timeout:.0f} s"
+                    )
                 time.sleep(1e-4)
         elif self.work:
             self.work.wait()
@@ -176,26 +219,46 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        channels, dims, shape = x.size(1), [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        channels, dims, shape = (
+            x.size(1),
+            [d for d in range(x.dim()) if d != 1],
+            [1, -1] + [1] * (x.dim() - 2),
+        )
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         var, mean = torch.var_mean(wide, dims, correction=0)
         found = gather(torch.cat([mean, var, mean.new_tensor([x.numel() // channels])]))
-        means, variances, counts = found[:, :channels], found[:, channels:-1], found[:, -1:]  # (world, C), (world, C), (world, 1)
+        means, variances, counts = (
+            found[:, :channels],
+            found[:, channels:-1],
+            found[:, -1:],
+        )  # (world, C), (world, C), (world, 1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         var = (counts * (variances + (means - mean).square())).sum(0) / count
         scale = torch.rsqrt(var + eps)
         ctx.save_for_backward(x, weight, mean, scale, count)
         ctx.mark_non_differentiable(mean, var, count)
-        return ((wide - mean.view(shape)) * (scale * weight).view(shape) + bias.view(shape)).to(x.dtype), mean, var, count
+        return (
+            ((wide - mean.view(shape)) * (scale * weight).view(shape) + bias.view(shape)).to(
+                x.dtype
+            ),
+            mean,
+            var,
+            count,
+        )
 
     @staticmethod
     def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, scale, count = ctx.saved_tensors
         dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
         gradient, normal = gradient.to(mean.dtype), (x - mean.view(shape)) * scale.view(shape)
-        of_bias, of_weight = gradient.sum(dims), (gradient * normal).sum(dims)  # (C), of this process: DDP averages them
+        of_bias, of_weight = (
+            gradient.sum(dims),
+            (gradient * normal).sum(dims),
+        )  # (C), of this process: DDP averages them
         a, b = (gather(torch.cat([of_bias, of_weight])).sum(0) / count).chunk(2)
         of_x = (gradient - a.view(shape) - normal * b.view(shape)) * (scale * weight).view(shape)
         return of_x.to(x.dtype), of_weight, of_bias, None
@@ -217,7 +280,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.track_running_stats:
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            self.running_var.lerp_(
+                (var * count / (count - 1)).to(self.running_var.dtype), self.momentum
+            )
         return y
 
 
@@ -241,9 +306,15 @@ def distribute(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
     device, ddp = next(model.parameters()).device, nn.parallel.DistributedDataParallel
-    newer = "forward_sync_buffers" in inspect.signature(ddp).parameters  # which torch 2.14 has in place of broadcast_buffers
-    options = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # SyncBN keeps them equal
-    return ddp(model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **options)
+    newer = (
+        "forward_sync_buffers" in inspect.signature(ddp).parameters
+    )  # which torch 2.14 has in place of broadcast_buffers
+    options = {
+        "forward_sync_buffers" if newer else "broadcast_buffers": False
+    }  # SyncBN keeps them equal
+    return ddp(
+        model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **options
+    )
 
 
 def lost_ranks(patience: float = 5) -> list[int]:
@@ -255,7 +326,10 @@ def lost_ranks(patience: float = 5) -> list[int]:
             store.set(f"alive/{rank()}", "")
             time.sleep(patience)
             answered.extend(r for r in range(world()) if store.check([f"alive/{r}"]))
-    asking = threading.Thread(target=ask, daemon=True)  # a store whose process was halted does not even refuse
+
+    asking = threading.Thread(
+        target=ask, daemon=True
+    )  # a store whose process was halted does not even refuse
     asking.start()
     asking.join(2 * patience)
     return [r for r in range(world()) if r not in answered] if answered else [0]
@@ -267,6 +341,7 @@ class StopSignal:
     `with StopSignal() as stop:` ... `stop.received` is the signal's number or 0. Ends all processes at the same iteration when each feeds
     it into an average over the processes.
     """
+
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     received = 0
 
@@ -277,7 +352,9 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # launch_slurm.py holds them back until someone listens
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, self.SIGNALS
+        )  # launch_slurm.py holds them back until someone listens
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,4 +1,5 @@
 """What the tests share: a tiny config, and real runs of train.py's command line in processes that need not import torch anew."""
+
 import json
 import multiprocessing
 import os
@@ -41,9 +42,21 @@ class Run:
         self.processes = []
         for rank, log in enumerate(self.logs):
             log.unlink(missing_ok=True)
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {key: str(value) for key, value in ((ranks if world > 1 else {}) | (env or {})).items()}
-            process = SERVER.Process(target=_child, args=([str(a) for a in argv], environment, str(log), str(folder)))
+            ranks = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world,
+                "LOCAL_WORLD_SIZE": world,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            environment = {
+                key: str(value)
+                for key, value in ((ranks if world > 1 else {}) | (env or {})).items()
+            }
+            process = SERVER.Process(
+                target=_child, args=([str(a) for a in argv], environment, str(log), str(folder))
+            )
             process.start()
             self.processes.append(process)
 
@@ -71,22 +84,66 @@ def tiny(tmp_path: Path) -> dict:
     """A net of 44 thousand parameters on the built-in data set; six iterations."""
     head = {"num_classes": 8, "align_corners": False}
     return {
-        "work_dir": str(tmp_path / "work"), "precision": "fp32",
-        "model": {"backbone": {"type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8, "strides": [1, 2, 1, 1], "dilations": [1, 1, 2, 4]},
-                  "decode_head": {"type": "PSPHead", "in_channels": 64, "in_index": 3, "channels": 16, "pool_scales": [1, 2], "dropout_ratio": 0.1, **head},
-                  "auxiliary_head": {"type": "FCNHead", "in_channels": 32, "in_index": 2, "channels": 8, "num_convs": 1, "concat_input": False,
-                                     "dropout_ratio": 0.1, **head, "loss_decode": {"loss_weight": 0.4}}},
-        "data": {"type": "synthetic", "batch_size": 4, "workers": 0, "crop_size": [48, 48], "length": 10, "val_length": 4},
+        "work_dir": str(tmp_path / "work"),
+        "precision": "fp32",
+        "model": {
+            "backbone": {
+                "type": "ResNet",
+                "depth": 18,
+                "base_channels": 8,
+                "stem_channels": 8,
+                "strides": [1, 2, 1, 1],
+                "dilations": [1, 1, 2, 4],
+            },
+            "decode_head": {
+                "type": "PSPHead",
+                "in_channels": 64,
+                "in_index": 3,
+                "channels": 16,
+                "pool_scales": [1, 2],
+                "dropout_ratio": 0.1,
+                **head,
+            },
+            "auxiliary_head": {
+                "type": "FCNHead",
+                "in_channels": 32,
+                "in_index": 2,
+                "channels": 8,
+                "num_convs": 1,
+                "concat_input": False,
+                "dropout_ratio": 0.1,
+                **head,
+                "loss_decode": {"loss_weight": 0.4},
+            },
+        },
+        "data": {
+            "type": "synthetic",
+            "batch_size": 4,
+            "workers": 0,
+            "crop_size": [48, 48],
+            "length": 10,
+            "val_length": 4,
+        },
         "optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0005},
         "schedule": {"max_iters": 6, "power": 0.9, "min_lr": 0.0001},
-        "evaluation": {"interval": 6}, "checkpoint": {"interval": 3}, "log": {"interval": 1},
+        "evaluation": {"interval": 6},
+        "checkpoint": {"interval": 3},
+        "log": {"interval": 1},
     }
 
 
 @pytest.fixture
 def run(tmp_path: Path):
     """run(config, "--resume-from", "auto", world=2, env={}) -> a finished Run; started=True -> one under way."""
-    def start(config: dict, *argv, world: int = 1, env: dict | None = None, started: bool = False, expect: int | None = 0) -> Run:
+
+    def start(
+        config: dict,
+        *argv,
+        world: int = 1,
+        env: dict | None = None,
+        started: bool = False,
+        expect: int | None = 0,
+    ) -> Run:
         path = tmp_path / "config.json"
         path.write_text(json.dumps(config))
         process = Run(["--config", path, *argv], tmp_path, world, env)
@@ -95,6 +152,7 @@ def run(tmp_path: Path):
             codes = process.wait()
             assert expect is None or set(codes) == {expect}, process.output()
         return process
+
     runs: list[Run] = []
     yield start
     for process in runs:
@@ -103,14 +161,19 @@ def run(tmp_path: Path):
 
 class Parity:
     """MMSegmentation's reference numbers in tests/parity, and the rule that fills weights and inputs in (its README)."""
+
     FOLDER = Path(__file__).resolve().parent / "parity"
 
     def __call__(self, name: str) -> tuple:
         """The net in float64 with dropout off and its weights filled in, and the reference trajectory."""
         import models
+
         reference = json.loads((self.FOLDER / f"{name}.json").read_text())
         net = models.build_model(reference["model"]).double().train()
-        state = {key: self.value(key, tensor.shape) if tensor.is_floating_point() else tensor for key, tensor in net.state_dict().items()}
+        state = {
+            key: self.value(key, tensor.shape) if tensor.is_floating_point() else tensor
+            for key, tensor in net.state_dict().items()
+        }
         net.load_state_dict(state)
         for module in net.modules():
             if "Drop" in type(module).__name__:
@@ -132,10 +195,16 @@ class Parity:
 
     @staticmethod
     def image(step: int) -> torch.Tensor:
-        return torch.as_tensor(np.random.default_rng(zlib.crc32(f"input{step}".encode())).standard_normal((2, 3, 97, 129)))
+        return torch.as_tensor(
+            np.random.default_rng(zlib.crc32(f"input{step}".encode())).standard_normal(
+                (2, 3, 97, 129)
+            )
+        )
 
     def label(self, step: int) -> torch.Tensor:
-        label = np.random.default_rng(zlib.crc32(f"labels{step}".encode())).integers(0, self.classes, (2, 97, 129))
+        label = np.random.default_rng(zlib.crc32(f"labels{step}".encode())).integers(
+            0, self.classes, (2, 97, 129)
+        )
         label[:, :9] = 255
         return torch.as_tensor(label)
 

@@ -1,4 +1,5 @@
 """Errors that a user can cause: each says what, where and what to do, on one "error: ..." without a traceback, and leaves nothing half done."""
+
 import copy
 import json
 import os
@@ -30,7 +31,12 @@ def failing(run, config: dict, *argv, world: int = 1, env: dict | None = None) -
 
 
 def paths(section: dict, place: tuple = ()) -> list[tuple]:
-    return [path for key, value in section.items() for path in [(*place, key)] + (paths(value, (*place, key)) if isinstance(value, dict) else [])]
+    return [
+        path
+        for key, value in section.items()
+        for path in [(*place, key)]
+        + (paths(value, (*place, key)) if isinstance(value, dict) else [])
+    ]
 
 
 def test_misspelt_key_anywhere(tiny, tmp_path):
@@ -49,49 +55,59 @@ def test_misspelt_key_anywhere(tiny, tmp_path):
             train.load_config(tmp_path / "c.json")
         place = ".".join([*path[:-1], wrong])
         missing = ".".join(path)
-        assert place in str(error.value) and f"did you mean {path[-1]}" in str(error.value) or missing in str(error.value), (path, str(error.value))
+        assert (
+            place in str(error.value)
+            and f"did you mean {path[-1]}" in str(error.value)
+            or missing in str(error.value)
+        ), (path, str(error.value))
 
 
-@pytest.mark.parametrize("option,parts", [
-    ("data.batch_size=four", ["data.batch_size", "four", "int"]),
-    ("data.batch_size=2.5", ["data.batch_size", "2.5"]),
-    ("data.batch_size=0", ["batch_size"]),
-    ("data.crop_size=[48]", ["data.crop_size"]),
-    ("data.workers=-1", ["workers"]),
-    ("data.type=citiscapes", ["data.type", "cityscapes"]),
-    ("model.backbone.type=ResNetV1", ["model.backbone.type", "ResNet"]),
-    ("model.backbone.depth=20", ["model.backbone", "20"]),
-    ("model.backbone.with_cp=1", ["model.backbone.with_cp", "bool"]),
-    ("model.decode_head.in_channels=63", ["63", "64"]),
-    ("optimizer.type=SDG", ["optimizer.type", "SGD"]),
-    ("optimizer.lr=fast", ["optimizer.lr"]),
-    ("optimizer.lr=-1", ["optimizer"]),
-    ("optimizer.paramwise.head=2", ["optimizer.paramwise.head"]),
-    ("schedule.max_iters=0", ["schedule.max_iters"]),
-    ("schedule.warmup=cosine", ["schedule.warmup"]),
-    ("evaluation.mode=slide", ["evaluation.crop_size"]),
-    ("evaluation.interval=0", ["evaluation.interval"]),
-    ("checkpoint.keep=0", ["checkpoint.keep"]),
-    ("precision=fp8", ["precision", "bf16"]),
-    ("clip_grad=0", ["clip_grad"]),
-    ("modle.x=1", ["modle", "model"]),
-    ("seed", ["KEY=VALUE"]),
-    ("model.backbone.depth.x=1", ["model.backbone.depth.x=1"]),
-    ("model.auxiliary_head.in_channels=77", ["auxiliary_head", "77", "32"]),
-    ("model.auxiliary_head.in_index=9", ["auxiliary_head"]),
-    ("schedule.iteration=3", ["schedule.iteration", "leave it out"]),
-    ("optimizer.params=[]", ["optimizer.params", "leave it out"]),
-    ("optimizer.paramwise.custom_keys=3", ["optimizer.paramwise.custom_keys"]),
-    ("optimizer.paramwise.norm_decay_mult=x", ["optimizer.paramwise.norm_decay_mult"]),
-    ("optimizer.type=LBFGS", ["optimizer.type", "LBFGS"]),
-    ("data.type=[1]", ["data.type"]),
-    ("data.lenght=4", ["data.lenght", "data set synthetic", "length"]),
-    ("seed=-1", ["seed", "-1"]),
-    ("evaluation.ratios=[]", ["evaluation.ratios"]),
-    ("evaluation.scale=[0,0]", ["evaluation.scale"]),
-    ('evaluation={"mode":"slide","crop_size":[32,32],"stride":[48,32]}', ["evaluation.stride", "crop_size"]),
-    ("schedule.warmup_iters=-5", ["schedule.warmup_iters"]),
-])
+@pytest.mark.parametrize(
+    "option,parts",
+    [
+        ("data.batch_size=four", ["data.batch_size", "four", "int"]),
+        ("data.batch_size=2.5", ["data.batch_size", "2.5"]),
+        ("data.batch_size=0", ["batch_size"]),
+        ("data.crop_size=[48]", ["data.crop_size"]),
+        ("data.workers=-1", ["workers"]),
+        ("data.type=citiscapes", ["data.type", "cityscapes"]),
+        ("model.backbone.type=ResNetV1", ["model.backbone.type", "ResNet"]),
+        ("model.backbone.depth=20", ["model.backbone", "20"]),
+        ("model.backbone.with_cp=1", ["model.backbone.with_cp", "bool"]),
+        ("model.decode_head.in_channels=63", ["63", "64"]),
+        ("optimizer.type=SDG", ["optimizer.type", "SGD"]),
+        ("optimizer.lr=fast", ["optimizer.lr"]),
+        ("optimizer.lr=-1", ["optimizer"]),
+        ("optimizer.paramwise.head=2", ["optimizer.paramwise.head"]),
+        ("schedule.max_iters=0", ["schedule.max_iters"]),
+        ("schedule.warmup=cosine", ["schedule.warmup"]),
+        ("evaluation.mode=slide", ["evaluation.crop_size"]),
+        ("evaluation.interval=0", ["evaluation.interval"]),
+        ("checkpoint.keep=0", ["checkpoint.keep"]),
+        ("precision=fp8", ["precision", "bf16"]),
+        ("clip_grad=0", ["clip_grad"]),
+        ("modle.x=1", ["modle", "model"]),
+        ("seed", ["KEY=VALUE"]),
+        ("model.backbone.depth.x=1", ["model.backbone.depth.x=1"]),
+        ("model.auxiliary_head.in_channels=77", ["auxiliary_head", "77", "32"]),
+        ("model.auxiliary_head.in_index=9", ["auxiliary_head"]),
+        ("schedule.iteration=3", ["schedule.iteration", "leave it out"]),
+        ("optimizer.params=[]", ["optimizer.params", "leave it out"]),
+        ("optimizer.paramwise.custom_keys=3", ["optimizer.paramwise.custom_keys"]),
+        ("optimizer.paramwise.norm_decay_mult=x", ["optimizer.paramwise.norm_decay_mult"]),
+        ("optimizer.type=LBFGS", ["optimizer.type", "LBFGS"]),
+        ("data.type=[1]", ["data.type"]),
+        ("data.lenght=4", ["data.lenght", "data set synthetic", "length"]),
+        ("seed=-1", ["seed", "-1"]),
+        ("evaluation.ratios=[]", ["evaluation.ratios"]),
+        ("evaluation.scale=[0,0]", ["evaluation.scale"]),
+        (
+            'evaluation={"mode":"slide","crop_size":[32,32],"stride":[48,32]}',
+            ["evaluation.stride", "crop_size"],
+        ),
+        ("schedule.warmup_iters=-5", ["schedule.warmup_iters"]),
+    ],
+)
 def test_bad_options(tiny, tmp_path, option, parts):
     (tmp_path / "c.json").write_text(json.dumps(tiny))
     with pytest.raises((ConfigError, DataError)) as error:
@@ -101,7 +117,9 @@ def test_bad_options(tiny, tmp_path, option, parts):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("text,part", [("{", "line 1"), ("[]", "object"), ('{"a": }', "line 1"), ("", "line 1")])
+@pytest.mark.parametrize(
+    "text,part", [("{", "line 1"), ("[]", "object"), ('{"a": }', "line 1"), ("", "line 1")]
+)
 def test_bad_config_file(tmp_path, text, part):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(ConfigError, match=part):
@@ -117,10 +135,22 @@ def folder_of_images(root: Path, count: int = 4, size: tuple[int, int] = (64, 48
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), np.uint8)).save(root / "images" / split / f"{i}.png")
-            Image.fromarray(rng.integers(0, 3, size[::-1], np.uint8)).save(root / "labels" / split / f"{i}.png")
-    return {"type": "folder", "root": str(root), "image_suffix": ".png", "classes": ["a", "b", "c"], "batch_size": 2, "workers": 0, "scale": [64, 48],
-            "crop_size": [32, 32]}
+            Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), np.uint8)).save(
+                root / "images" / split / f"{i}.png"
+            )
+            Image.fromarray(rng.integers(0, 3, size[::-1], np.uint8)).save(
+                root / "labels" / split / f"{i}.png"
+            )
+    return {
+        "type": "folder",
+        "root": str(root),
+        "image_suffix": ".png",
+        "classes": ["a", "b", "c"],
+        "batch_size": 2,
+        "workers": 0,
+        "scale": [64, 48],
+        "crop_size": [32, 32],
+    }
 
 
 @pytest.fixture
@@ -171,13 +201,16 @@ def test_truncated_image(on_folder, run, tmp_path, workers):
     assert "images/train/1.png" in failing(run, on_folder)
 
 
-@pytest.mark.parametrize("option,parts", [
-    ("data.crop_size=[0,32]", ["crop_size"]),
-    ("data.batch_size=3", ["batch_size", "3", "2"]),
-    ("data.accumulate=4", ["accumulate"]),
-    ("model.decode_head.num_classes=4", ["model.decode_head.num_classes", "4", "3"]),
-    ("model.auxiliary_head.num_classes=4", ["model.auxiliary_head.num_classes", "4", "3"]),
-])
+@pytest.mark.parametrize(
+    "option,parts",
+    [
+        ("data.crop_size=[0,32]", ["crop_size"]),
+        ("data.batch_size=3", ["batch_size", "3", "2"]),
+        ("data.accumulate=4", ["accumulate"]),
+        ("model.decode_head.num_classes=4", ["model.decode_head.num_classes", "4", "3"]),
+        ("model.auxiliary_head.num_classes=4", ["model.auxiliary_head.num_classes", "4", "3"]),
+    ],
+)
 def test_what_does_not_go_together(on_folder, run, option, parts):
     output = failing(run, on_folder, "--options", option, world=2 if "batch_size" in option else 1)
     for part in parts:
@@ -193,19 +226,37 @@ def test_one_value_per_channel(on_folder, run):
 
 def test_other_net(tiny, run):
     run(tiny, "--no-validate")
-    assert "size mismatch" in failing(run, tiny, "--no-validate", "--resume-from", "auto", "--options", "model.decode_head.channels=24")
+    assert "size mismatch" in failing(
+        run,
+        tiny,
+        "--no-validate",
+        "--resume-from",
+        "auto",
+        "--options",
+        "model.decode_head.channels=24",
+    )
 
 
 def test_other_optimizer(tiny, run):
     run(tiny, "--no-validate")
-    output = failing(run, tiny, "--no-validate", "--resume-from", "auto", "--options", "optimizer={\"type\":\"AdamW\",\"lr\":0.01}")
+    output = failing(
+        run,
+        tiny,
+        "--no-validate",
+        "--resume-from",
+        "auto",
+        "--options",
+        'optimizer={"type":"AdamW","lr":0.01}',
+    )
     assert "holds the state of SGD, the config says AdamW" in output and "--load-from" in output
 
 
 def test_images_of_different_depth(on_folder, run, tmp_path):
     Image.fromarray(np.zeros((48, 64), np.uint16)).save(tmp_path / "set/images/train/1.png")
     on_folder["data"]["batch_size"] = 4
-    assert "images/train/1.png: float32" in failing(run, on_folder, "--options", "data.cat_max_ratio=1.0")
+    assert "images/train/1.png: float32" in failing(
+        run, on_folder, "--options", "data.cat_max_ratio=1.0"
+    )
 
 
 class Evil:
@@ -222,7 +273,12 @@ def test_checkpoints_that_are_refused(tiny, run, tmp_path, flag):
     good = Path(tiny["work_dir"]) / "latest.pth"
     assert "absent.pth does not exist" in failing(run, other, flag, tmp_path / "absent.pth")
     whole = good.read_bytes()
-    for name, content in {"truncated": whole[:len(whole) // 2], "empty": b"", "zeros": bytes(1000), "flipped": flipped(good)}.items():
+    for name, content in {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "zeros": bytes(1000),
+        "flipped": flipped(good),
+    }.items():
         (tmp_path / name).write_bytes(content)
         assert "is damaged" in failing(run, other, flag, tmp_path / name), name
     torch.save({"state_dict": {}, "x": Evil()}, tmp_path / "evil.pth")
@@ -239,17 +295,34 @@ def test_a_checkpoint_of_mmengine_is_read_without_its_objects(tiny, run, tmp_pat
     monkeypatch.setitem(sys.modules, "mmengine", types.ModuleType("mmengine"))
     monkeypatch.setitem(sys.modules, "mmengine.logging", types.ModuleType("mmengine.logging"))
     monkeypatch.setitem(sys.modules, "mmengine.logging.history_buffer", module)
-    exec("class HistoryBuffer:\n    __module__ = 'mmengine.logging.history_buffer'\n    def mean(self): ...", module.__dict__)
-    sys.modules["mmengine"].logging, sys.modules["mmengine.logging"].history_buffer = sys.modules["mmengine.logging"], module
+    exec(
+        "class HistoryBuffer:\n    __module__ = 'mmengine.logging.history_buffer'\n    def mean(self): ...",
+        module.__dict__,
+    )
+    sys.modules["mmengine"].logging, sys.modules["mmengine.logging"].history_buffer = (
+        sys.modules["mmengine.logging"],
+        module,
+    )
     log = module.HistoryBuffer()
     log.values, log.methods = np.arange(3.0), {"mean": module.HistoryBuffer.mean}
     run(tiny, "--no-validate")
     weights = torch.load(Path(tiny["work_dir"]) / "latest.pth", weights_only=True)["state_dict"]
-    torch.save({"state_dict": weights, "meta": {"dataset_meta": {"classes": ("a",)}}, "message_hub": {"log_scalars": {"train/loss": log}}}, tmp_path / "mm.pth")
+    torch.save(
+        {
+            "state_dict": weights,
+            "meta": {"dataset_meta": {"classes": ("a",)}},
+            "message_hub": {"log_scalars": {"train/loss": log}},
+        },
+        tmp_path / "mm.pth",
+    )
     for name in ("mmengine.logging.history_buffer", "mmengine.logging", "mmengine"):
         monkeypatch.delitem(sys.modules, name)
-    process = run(tiny, "--no-validate", "--work-dir", tmp_path / "tuned", "--load-from", tmp_path / "mm.pth")
-    assert re.search(r"weights from .*mm.pth: loaded (\d+) of \1 tensors\n", process.output()), process.output()
+    process = run(
+        tiny, "--no-validate", "--work-dir", tmp_path / "tuned", "--load-from", tmp_path / "mm.pth"
+    )
+    assert re.search(r"weights from .*mm.pth: loaded (\d+) of \1 tensors\n", process.output()), (
+        process.output()
+    )
 
 
 def flipped(path: Path) -> bytes:
@@ -263,15 +336,21 @@ def flipped(path: Path) -> bytes:
 
 def test_work_dir_that_cannot_be_written(tiny, run, tmp_path):
     (tmp_path / "file").write_text("")
-    assert f"work_dir {tmp_path}/file/work cannot be written" in failing(run, tiny, "--work-dir", tmp_path / "file" / "work")
+    assert f"work_dir {tmp_path}/file/work cannot be written" in failing(
+        run, tiny, "--work-dir", tmp_path / "file" / "work"
+    )
 
 
 def test_work_dir_that_holds_a_run(tiny, run):
     """A second start never overwrites the first run."""
     run(tiny, "--no-validate")
-    before = {path.name: path.read_bytes() for path in Path(tiny["work_dir"]).iterdir() if path.is_file()}
+    before = {
+        path.name: path.read_bytes() for path in Path(tiny["work_dir"]).iterdir() if path.is_file()
+    }
     assert "--resume-from auto" in failing(run, tiny)
-    assert before == {path.name: path.read_bytes() for path in Path(tiny["work_dir"]).iterdir() if path.is_file()}
+    assert before == {
+        path.name: path.read_bytes() for path in Path(tiny["work_dir"]).iterdir() if path.is_file()
+    }
 
 
 def test_port_in_use(tiny, run):
@@ -279,9 +358,23 @@ def test_port_in_use(tiny, run):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process = run(tiny, env={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-                      expect=1)
-        assert str(port) in process.output() and "--standalone" in process.output() and "Traceback" not in process.output()
+        process = run(
+            tiny,
+            env={
+                "RANK": "0",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            expect=1,
+        )
+        assert (
+            str(port) in process.output()
+            and "--standalone" in process.output()
+            and "Traceback" not in process.output()
+        )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -291,15 +384,32 @@ def test_a_process_that_never_starts(tiny, run, rank):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     tiny["timeout"] = 2
-    process = run(tiny, env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                  expect=1)
-    assert f"rank {rank} cannot meet the others at 127.0.0.1:{port}" in process.output() and "were started" in process.output()
+    process = run(
+        tiny,
+        env={
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        },
+        expect=1,
+    )
+    assert (
+        f"rank {rank} cannot meet the others at 127.0.0.1:{port}" in process.output()
+        and "were started" in process.output()
+    )
     assert "Traceback" not in process.output()
 
 
 def test_processes_that_nobody_numbers(tiny, run):
     output = run(tiny, env={"WORLD_SIZE": "2"}, expect=1).output()
-    assert "no RANK, MASTER_ADDR, MASTER_PORT" in output and "torchrun" in output and "Traceback" not in output
+    assert (
+        "no RANK, MASTER_ADDR, MASTER_PORT" in output
+        and "torchrun" in output
+        and "Traceback" not in output
+    )
 
 
 def test_eval_only_needs_weights(tiny, run):
