@@ -1,12 +1,12 @@
 """A sample's life: files -> decode -> scale, crop, flip -> batch -> device; and the data sets.
 
     data = Data(**config["data"], seed=0)
-    for batch in data.train_batches(rank=0, world=1, start=0):       # uint8, on the host
-        image, label = data.prepare(batch, device)                   # colour distortion and normalisation for the whole batch
+    for batch in data.train_batches(rank=0, world_size=1, start=0):       # uint8, on the host
+        image, label = data.prepare(batch, device)                   # color distortion and normalization for the whole batch
 
 The sample at place p of the endless training stream depends on (seed, p) alone: not on ranks, on workers or on where a run was resumed.
-Training follows MMSegmentation's pipeline step by step (RandomResize, RandomCrop, RandomFlip, PhotoMetricDistortion, normalise, pad), but
-never scales a pixel that is cropped away, and leaves colour to the device.
+Training follows MMSegmentation's pipeline step by step (RandomResize, RandomCrop, RandomFlip, PhotoMetricDistortion, normalize, pad), but
+never scales a pixel that is cropped away, and leaves color to the device.
 
 `python data.py --config C` looks at every file of a data set and draws a contact sheet of what the net will see.
 """
@@ -35,8 +35,10 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dist_utils import UserError
+
 IGNORE = 255  # the one value that means "not scored", whatever the files use
-OUTSIDE = (
+INVALID = (
     254  # marks a value in a label file that is no class; so a data set has at most 253 classes
 )
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".npy"}
@@ -48,8 +50,8 @@ ORDER, SAMPLE, SCENE = (
 )  # what a random stream is for: np.random.default_rng((seed, purpose, place))
 
 
-class DataError(ValueError):
-    """Something a person can put right about the data or its settings. Says what is wrong, where, and what to do."""
+class DataError(UserError):
+    """The data or its settings are wrong."""
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -156,7 +158,7 @@ def read_label(path: str) -> np.ndarray:
     if label.ndim != 2 or label.dtype.kind not in "ui":
         raise DataError(
             f"{path}: a label holds one whole number a pixel, its class; this file has shape {label.shape} of {label.dtype}. "
-            "If it shows classes as colours, turn it into an 8-bit grey PNG first: "
+            "If it shows classes as colors, turn it into an 8-bit grey PNG first: "
             "sum(c * (picture[..., :3] == palette[c]).all(-1) for c in range(len(palette)))"
         )
     return label
@@ -199,7 +201,7 @@ def scan(top: str, suffix: str | None) -> dict[str, str]:
 
 
 def voc_palette(count: int) -> list[list[int]]:
-    """Pascal VOC's colours: the bits of the class dealt out to red, green and blue, highest first."""
+    """Pascal VOC's colors: the bits of the class dealt out to red, green and blue, highest first."""
     return [
         [sum((c >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3)]
         for c in range(count)
@@ -210,8 +212,8 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
-def colours(text: str) -> list[list[int]]:
-    """Six hexadecimal digits a colour -> [r, g, b] each."""
+def colors(text: str) -> list[list[int]]:
+    """Six hexadecimal digits a color -> [r, g, b] each."""
     return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 3).tolist()
 
 
@@ -219,11 +221,11 @@ CITYSCAPES_CLASSES = names(
     "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,train,"
     "motorcycle,bicycle"
 )
-CITYSCAPES_PALETTE = colours(
+CITYSCAPES_PALETTE = colors(
     "804080f423e846464666669cbe9999999999faaa1edcdc006b8e2398fb984682b4dc143cff000000008e000046003c640050640000e6770b20"
 )
 CAMVID_CLASSES = names("sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist")
-CAMVID_PALETTE = colours("808080800000c0c0808040803c28de808000c080804040804000804040000080c0")
+CAMVID_PALETTE = colors("808080800000c0c0808040803c28de808000c080804040804000804040000080c0")
 VOC_CLASSES = names(
     "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,sheep,"
     "sofa,train,tvmonitor"
@@ -239,7 +241,7 @@ ADE20K_CLASSES = names(
     "trade name,microwave,pot,animal,bicycle,lake,dishwasher,screen,blanket,sculpture,hood,sconce,vase,traffic light,tray,ashcan,fan,"
     "pier,crt screen,plate,monitor,bulletin board,shower,radiator,glass,clock,flag"
 )
-ADE20K_PALETTE = colours(
+ADE20K_PALETTE = colors(
     "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04ff3307cc46030066c83de6fa"
     "ff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff0599"
     "0633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ffff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85"
@@ -273,7 +275,7 @@ class Folder:
     """Images and their labels in two folders, paired by name; or the pairs that a file lists.
 
     root: the folder that all other paths are relative to. `{split}` in images, labels and files stands for the split's name.
-    classes: the names of the classes.   palette: an [r, g, b] for each (default: Pascal VOC's colours).
+    classes: the names of the classes.   palette: an [r, g, b] for each (default: Pascal VOC's colors).
     images, labels: the two folders, searched with their subfolders.   files: a text file with one sample a line, either a name
         (path in `images` without suffix) or the image and the label, relative to root, with a blank or a tab between.
     image_suffix, label_suffix: what follows the name that both have in common, such as `_leftImg8bit.png` (default: any known suffix).
@@ -312,17 +314,17 @@ class Folder:
             if values is None
             else values
         )
-        if not 0 < len(classes) < OUTSIDE or not len(self.palette) == len(self.values) == len(
+        if not 0 < len(classes) < INVALID or not len(self.palette) == len(self.values) == len(
             classes
         ):
             raise DataError(
-                f"data: {len(classes)} classes, {len(self.palette)} colours in palette, {len(self.values)} values. "
-                f"Name 1 to {OUTSIDE - 1} classes, and as many colours and values, if any"
+                f"data: {len(classes)} classes, {len(self.palette)} colors in palette, {len(self.values)} values. "
+                f"Name 1 to {INVALID - 1} classes, and as many colors and values, if any"
             )
         if not all(
-            len(colour) == 3 and 0 <= min(colour) and max(colour) <= 255 for colour in self.palette
+            len(color) == 3 and 0 <= min(color) and max(color) <= 255 for color in self.palette
         ):
-            raise DataError("data.palette: a colour is [red, green, blue], each of 0..255")
+            raise DataError("data.palette: a color is [red, green, blue], each of 0..255")
         ignored = [ignore_index] if isinstance(ignore_index, int) else ignore_index
         if not all(0 <= value <= 255 for value in (*self.values, *ignored)):
             raise DataError(
@@ -332,7 +334,7 @@ class Folder:
             raise DataError(
                 f"data.values: {self.values} names a value twice, so that a class would never occur"
             )
-        self.table = np.full(256, OUTSIDE, np.uint8)  # value in the file -> class
+        self.table = np.full(256, INVALID, np.uint8)  # value in the file -> class
         self.table[[0] * reduce_zero_label + [IGNORE]] = IGNORE
         self.table[self.values] = np.arange(len(classes))
         self.table[[value for value in ignored if value != IGNORE]] = IGNORE
@@ -454,13 +456,13 @@ class Folder:
         classes = np.frombuffer(
             bytearray(np.ascontiguousarray(small)).translate(self.table.tobytes()), np.uint8
         ).reshape(label.shape)
-        if (classes == OUTSIDE).any() or small is not label and (small != label).any():
+        if (classes == INVALID).any() or small is not label and (small != label).any():
             raise DataError(self.complaint(label, label_path))
         return image, classes
 
     def complaint(self, label: np.ndarray, path: str) -> str:
         found, count = np.unique(label, return_counts=True)
-        bad = [int(v) for v in found if not 0 <= v <= 255 or self.table[v] == OUTSIDE]
+        bad = [int(v) for v in found if not 0 <= v <= 255 or self.table[v] == INVALID]
         allowed = (
             f"{min(self.values)}..{max(self.values)}"
             if np.ptp(self.values) == len(self.values) - 1
@@ -633,12 +635,12 @@ def oxford_pet(split: str, *, root: str, download: bool = False) -> Folder:
 
 
 class Synthetic:
-    """Scenes drawn from their index alone, no files: what a thing is follows from its shape and texture; its colours are drawn at random.
+    """Scenes drawn from their index alone, no files: what a thing is follows from its shape and texture; its colors are drawn at random.
 
     size: [height, width] of the scenes.   length, val_length: how many there are to train and to validate on.
     """
 
-    # Two classes share each tint: colour says which two, texture or shape says which.
+    # Two classes share each tint: color says which two, texture or shape says which.
     tints = np.array([[115, 100, 80], [190, 80, 70], [80, 115, 190], [190, 185, 110]])[
         [0, 1, 2, 1, 3, 0, 3, 2]
     ]
@@ -657,7 +659,7 @@ class Synthetic:
             length if split == "train" else val_length,
         )
         self.classes = ["ground", "stripes", "checks", "disc", "ball", "square", "ring", "pole"]
-        self.palette = colours("5a5046f423e84682b4dc143cfaaa1e00008e00dc78ffff00")
+        self.palette = colors("5a5046f423e84682b4dc143cfaaa1e00008e00dc78ffff00")
         if min(*size, length, val_length) < 1:
             raise DataError(
                 f"data: size {list(size)}, length {length}, val_length {val_length}: each must be 1 or more"
@@ -678,7 +680,7 @@ class Synthetic:
         y, x = (axis.astype(np.float32) for axis in np.ogrid[: self.shape[0], : self.shape[1]])
         label, paint = np.zeros(
             (2, *self.shape), np.uint8
-        )  # the class, and which colour a pixel has
+        )  # the class, and which color a pixel has
         kinds = [
             1,
             2,
@@ -686,7 +688,7 @@ class Synthetic:
         ]  # two wide regions, and things on top of them
         for n, kind in enumerate(kinds, 1):
             outline, core, angle = self.draw(rng, int(kind))
-            mix = core  # of its two colours: a rim and a core, or
+            mix = core  # of its two colors: a rim and a core, or
             for turn in (0, np.pi / 2)[
                 : {1: 1, 2: 2, 4: 1}.get(kind, 0)
             ]:  # stripes of 4 to 6 pixels, one way or both ways
@@ -702,7 +704,7 @@ class Synthetic:
             np.copyto(paint, 2 * n + mix, where=outline, casting="unsafe")
         contrast = (
             rng.uniform(20, 40, (len(kinds) + 1, 1, 1)) * np.array([-1, 1])[:, None]
-        )  # of the darker and the lighter colour
+        )  # of the darker and the lighter color
         contrast[0] = 0
         tints = (
             self.tints[[0, *kinds], None] + rng.normal(0, 28, (len(kinds) + 1, 1, 3)) + contrast
@@ -888,7 +890,7 @@ def scaled_size(
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def nearest(start: int, count: int, size: int, scaled: int) -> np.ndarray:
+def nearest_pixels(start: int, count: int, size: int, scaled: int) -> np.ndarray:
     """The source pixels of the scaled pixels start..start+count, as cv2.INTER_NEAREST picks them: floor(X * size / scaled)."""
     return np.arange(start, start + count) * size // scaled
 
@@ -996,12 +998,12 @@ class TrainSamples(Dataset):
             "image": image,
             "label": label,
             "valid": torch.tensor([classes.shape for _, classes, _ in samples]),
-            "colour": torch.tensor([colour for _, _, colour in samples], dtype=torch.float32),
+            "color": torch.tensor([color for _, _, color in samples], dtype=torch.float32),
             "position": torch.tensor(positions),
         }
 
     def sample(self, position: int) -> tuple[torch.Tensor, np.ndarray, list[float]]:
-        """image (C, h, w) and label (h, w) of at most crop_size, and the drawn colour parameters, see distort()."""
+        """image (C, h, w) and label (h, w) of at most crop_size, and the drawn color parameters, see photometric_distortion()."""
         image, label = self.dataset.load(self.index(position))
         rng = np.random.default_rng((self.seed, SAMPLE, position))
         scaled = scaled_size(*label.shape, self.scale, rng.uniform(*self.ratio_range))
@@ -1009,25 +1011,25 @@ class TrainSamples(Dataset):
         for attempt in range(11):  # the last one is taken whatever is in it
             top, left = int(rng.integers(scaled[0] - h + 1)), int(rng.integers(scaled[1] - w + 1))
             rows, columns = (
-                nearest(top, h, label.shape[0], scaled[0]),
-                nearest(left, w, label.shape[1], scaled[1]),
+                nearest_pixels(top, h, label.shape[0], scaled[0]),
+                nearest_pixels(left, w, label.shape[1], scaled[1]),
             )
             classes = np.take(label[rows], columns, axis=1)
-            if attempt == 10 or self.varied(classes):
+            if attempt == 10 or self.satisfies_cat_max_ratio(classes):
                 break
         pixels = resample(image, scaled, (top, left, h, w))
         if rng.random() < self.flip:
             pixels, classes = pixels.flip(-1), np.ascontiguousarray(classes[:, ::-1])
-        return pixels, classes, self.draw_colour(rng)
+        return pixels, classes, self.draw_color(rng)
 
-    def varied(self, classes: np.ndarray) -> bool:
+    def satisfies_cat_max_ratio(self, classes: np.ndarray) -> bool:
         """Whether there is more than one class, and none that covers cat_max_ratio of the scored pixels."""
         if self.cat_max_ratio >= 1:
             return True
         count = torch.bincount(torch.from_numpy(classes).view(-1), minlength=256)[:IGNORE].numpy()
         return (count > 0).sum() > 1 and count.max() < self.cat_max_ratio * count.sum()
 
-    def draw_colour(self, rng: np.random.Generator) -> list[float]:
+    def draw_color(self, rng: np.random.Generator) -> list[float]:
         """[brightness, contrast, saturation, hue, contrast]: each at odds of one half, the contrast at one of its two places."""
         late, use = rng.random() < 0.5, (rng.random(4) < 0.5) & self.photometric
         drawn = rng.uniform((-32, 0.5, 0.5, -18), (32, 1.5, 1.5, 18))
@@ -1057,16 +1059,14 @@ class ValSamples(Dataset):
 # -------------------------------------------------------------------------------------------------------------- device
 
 
-def distort(image: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+def photometric_distortion(image: torch.Tensor, color: torch.Tensor) -> torch.Tensor:
     """MMSegmentation's PhotoMetricDistortion of a batch, without a device sync; changes `image` in place and returns it.
 
-    image: (N, 3, h, w) float32 RGB, 0..255, clipped to it after each step.   colour: (N, 5): added brightness, contrast if it comes first,
+    image: (N, 3, h, w) float32 RGB, 0..255, clipped to it after each step.   color: (N, 5): added brightness, contrast if it comes first,
     saturation, hue in 1/180 of the circle, contrast if last. With V the largest channel, C = V - the smallest, S = C / V: scaling S is
     scaling C, and a hue p, in sixths of the circle, is the channels V - C + C * ramp(p).
     """
-    brightness, before, saturation, hue, after = colour[:, :, None, None].unbind(
-        1
-    )  # (N, 1, 1) each
+    brightness, before, saturation, hue, after = color[:, :, None, None].unbind(1)  # (N, 1, 1) each
     image.add_(brightness[:, None]).clamp_(0, 255).mul_(before[:, None]).clamp_(0, 255)
     red, green, blue = image.unbind(1)  # (N, h, w) each
     high, low = image.amax(1), image.amin(1)
@@ -1154,7 +1154,7 @@ class Data:
     accumulate: in how many parts a process takes its share of the batch.   workers: loader processes of each training process (0: none).
     scale: [width, height] that an image is scaled to fit into, its aspect kept (None: its own size), times a ratio drawn from ratio_range.
     crop_size: [height, width].   cat_max_ratio: crops of which one class covers more are drawn anew, up to ten times.   flip: probability.
-    photometric: colour distortion, of 8-bit RGB images.   in_channels, mean, std: of the images, RGB order, in the units of the files.
+    photometric: color distortion, of 8-bit RGB images.   in_channels, mean, std: of the images, RGB order, in the units of the files.
     cache: a folder on a local disk where decoded samples are kept (None: every file is decoded each time).
     """
 
@@ -1274,24 +1274,24 @@ class Data:
         return self.about.palette
 
     def train_batches(
-        self, rank: int = 0, world: int = 1, start: int = 0
+        self, rank: int = 0, world_size: int = 1, start: int = 0
     ) -> Iterator[dict[str, torch.Tensor]]:
         """The micro-batches of `rank` from iteration `start` on, `accumulate` of them an iteration, without end.
 
-        A batch of n = batch_size / (world * accumulate) samples: image (n, C, h, w) uint8 or float32, channels last; label (n, h, w) uint8,
-        padded with 255; valid (n, 2): height and width without padding; colour (n, 5), see distort(); position (n,), places in the stream.
+        A batch of n = batch_size / (world_size * accumulate) samples: image (n, C, h, w) uint8 or float32, channels last; label (n, h, w) uint8,
+        padded with 255; valid (n, 2): height and width without padding; color (n, 5), see photometric_distortion(); position (n,), places in the stream.
         """
-        share, rest = divmod(self.batch_size, world * self.accumulate)
+        share, rest = divmod(self.batch_size, world_size * self.accumulate)
         if rest:
-            near = [n * world * self.accumulate for n in (share, share + 1) if n]
+            near = [n * world_size * self.accumulate for n in (share, share + 1) if n]
             raise DataError(
-                f"data.batch_size: {self.batch_size} samples cannot be dealt out evenly to {world} processes, in "
+                f"data.batch_size: {self.batch_size} samples cannot be dealt out evenly to {world_size} processes, in "
                 f"{self.accumulate} parts each (data.accumulate). The nearest that can: {' or '.join(map(str, near))}"
             )
         steps = (
             range(first, first + share)
             for first in itertools.count(
-                (start * self.accumulate * world + rank) * share, world * share
+                (start * self.accumulate * world_size + rank) * share, world_size * share
             )
         )
         return iter(Batches(self.samples, steps, self.workers))
@@ -1299,7 +1299,7 @@ class Data:
     def val_batches(
         self,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         scale: tuple[int, int] | None = None,
         batch_size: int = 1,
     ) -> Batches:
@@ -1308,7 +1308,7 @@ class Data:
         A batch: image (n, C, h, w), scaled to fit into `scale` if given; label (n, H, W) uint8 at its own size; index (n,) in the split.
         """
         groups = {}
-        for i in range(len(self.val))[rank::world]:
+        for i in range(len(self.val))[rank::world_size]:
             groups.setdefault(self.val_sizes[i] if batch_size > 1 else i, []).append(i)
         batches = [
             group[k : k + batch_size]
@@ -1320,22 +1320,22 @@ class Data:
     def prepare(
         self, batch: dict[str, torch.Tensor], device: torch.device | str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A host batch -> image (n, C, h, w) float32, normalised, channels last, and label (n, H, W) uint8, both on `device`."""
+        """A host batch -> image (n, C, h, w) float32, normalized, channels last, and label (n, H, W) uint8, both on `device`."""
         host = batch["image"]
         distorted = (
-            "colour" in batch
+            "color" in batch
             and self.sampling["photometric"]
             and host.dtype == torch.uint8
             and host.shape[1] == 3
         )
         layout = (
             torch.contiguous_format if distorted else torch.preserve_format
-        )  # distort() works plane by plane
+        )  # photometric_distortion() works plane by plane
         image = host.to(device, non_blocking=True).to(
             torch.float32, memory_format=layout, copy=True
         )
         if distorted:
-            image = distort(image, batch["colour"].to(device, non_blocking=True))
+            image = photometric_distortion(image, batch["color"].to(device, non_blocking=True))
         image = image.sub_(self.mean).div_(self.std)
         if "valid" in batch and bool(
             (batch["valid"] != torch.tensor(host.shape[2:])).any()
@@ -1453,7 +1453,7 @@ def preflight(dataset, processes: int) -> list[str]:
 
 
 def contact_sheet(data: Data, path: str, count: int = 12) -> None:
-    """A PNG of the first `count` training samples as the net will see them, below each its label drawn over it, and the colours."""
+    """A PNG of the first `count` training samples as the net will see them, below each its label drawn over it, and the colors."""
     batch = data.samples[range(count)]
     if isinstance(batch, DataError):
         raise batch
@@ -1477,9 +1477,9 @@ def contact_sheet(data: Data, path: str, count: int = 12) -> None:
     )
     legend.paste(sheet)
     draw = ImageDraw.Draw(legend)
-    for c, (name, colour) in enumerate(zip(data.classes, data.palette)):
+    for c, (name, color) in enumerate(zip(data.classes, data.palette)):
         x, y = c % 6 * sheet.width // 6, sheet.height + c // 6 * 16
-        draw.rectangle((x + 2, y + 2, x + 14, y + 14), fill=tuple(colour))
+        draw.rectangle((x + 2, y + 2, x + 14, y + 14), fill=tuple(color))
         draw.text((x + 18, y + 2), name, fill="black")
     try:
         legend.save(path)

@@ -1,4 +1,4 @@
-"""Processes: their start, synchronised batch norm, averages over them, stop signals. Knows no other module.
+"""Processes: their start, synchronized batch norm, averages over them, stop signals. Knows no other module.
 
 Everything works without a process group too: then there is one process, rank 0 of 1.
 """
@@ -17,11 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-class ProcessError(RuntimeError):
+class UserError(Exception):
+    """An error that the user can fix. Its message says what is wrong, where, and what to do; it is printed without a traceback."""
+
+
+class ProcessError(UserError):
     """The processes cannot start, or one of them was lost."""
 
 
-all_gather = getattr(
+_all_gather_single = getattr(
     dist, "all_gather_single", dist.all_gather_into_tensor
 )  # its name since torch 2.14
 COMMUNICATION = (
@@ -34,7 +38,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -141,33 +145,33 @@ def _store_of_this_start(
         wait(0)
 
 
-def quit() -> None:
+def cleanup() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def sum_over_processes(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """Adds up `tensor` over all processes, in place."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def from_rank_0(thing: object) -> object:
+def broadcast_object(thing: object) -> object:
     """Rank 0's `thing` (picklable, small) on every process."""
     things = [thing]
-    if world() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(things)
     return things[0]
 
 
-class MeanOverProcesses:
+class AsyncMean:
     """The mean of a small vector over all processes, worked out while the device goes on with other work.
 
     It starts at once. `result()` waits for this vector alone, never for what was queued on the device after it.
@@ -175,8 +179,8 @@ class MeanOverProcesses:
 
     def __init__(self, vector: Tensor, timeout: float = 600):
         self.timeout, self.work, self.event = timeout, None, None
-        if world() > 1:
-            vector /= world()
+        if world_size() > 1:
+            vector /= world_size()
             self.work = dist.all_reduce(vector, async_op=True)
         if vector.is_cuda:
             if self.work:
@@ -204,14 +208,14 @@ class MeanOverProcesses:
         return self.vector.tolist()
 
 
-def gather(vector: Tensor) -> Tensor:
-    """Every process's `vector` (C): (world, C). For small ones twice as fast as gloo's all_reduce, and its sum has one order."""
-    rows = vector.new_empty(world() * len(vector))
-    all_gather(rows, vector)
-    return rows.view(world(), -1)
+def all_gather(vector: Tensor) -> Tensor:
+    """Every process's `vector` (C): (world_size, C). For small ones twice as fast as gloo's all_reduce, and its sum has one order."""
+    rows = vector.new_empty(world_size() * len(vector))
+    _all_gather_single(rows, vector)
+    return rows.view(world_size(), -1)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) * weight + bias over the batches of all processes; one message each way.
 
     Returns mean and biased variance (C) and the number of values a channel, too. Means are merged as by Chan et al., "Updating formulae and a
@@ -229,12 +233,12 @@ class _Normalise(torch.autograd.Function):
         )
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         var, mean = torch.var_mean(wide, dims, correction=0)
-        found = gather(torch.cat([mean, var, mean.new_tensor([x.numel() // channels])]))
+        found = all_gather(torch.cat([mean, var, mean.new_tensor([x.numel() // channels])]))
         means, variances, counts = (
             found[:, :channels],
             found[:, channels:-1],
             found[:, -1:],
-        )  # (world, C), (world, C), (world, 1)
+        )  # (world_size, C), (world_size, C), (world_size, 1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         var = (counts * (variances + (means - mean).square())).sum(0) / count
@@ -259,7 +263,7 @@ class _Normalise(torch.autograd.Function):
             gradient.sum(dims),
             (gradient * normal).sum(dims),
         )  # (C), of this process: DDP averages them
-        a, b = (gather(torch.cat([of_bias, of_weight])).sum(0) / count).chunk(2)
+        a, b = (all_gather(torch.cat([of_bias, of_weight])).sum(0) / count).chunk(2)
         of_x = (gradient - a.view(shape) - normal * b.view(shape)) * (scale * weight).view(shape)
         return of_x.to(x.dtype), of_weight, of_bias, None
 
@@ -276,7 +280,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
+        y, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -286,9 +290,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
 
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
     """Makes every batch norm of `model` synchronous if there are several processes; names and weights stay."""
-    if world() == 1:
+    if world_size() == 1:
         return model
     if next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -299,10 +303,10 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """`model` in DDP with synchronised batch norm, every process starting from rank 0's weights and statistics; alone: as it is."""
-    if world() == 1:
+    """`model` in DDP with synchronized batch norm, every process starting from rank 0's weights and statistics; alone: as it is."""
+    if world_size() == 1:
         return model
-    synchronise_batch_norm(model)
+    synchronize_batch_norm(model)
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
     device, ddp = next(model.parameters()).device, nn.parallel.DistributedDataParallel
@@ -325,14 +329,14 @@ def lost_ranks(patience: float = 5) -> list[int]:
         with contextlib.suppress(RuntimeError):  # the store went down with the process that held it
             store.set(f"alive/{rank()}", "")
             time.sleep(patience)
-            answered.extend(r for r in range(world()) if store.check([f"alive/{r}"]))
+            answered.extend(r for r in range(world_size()) if store.check([f"alive/{r}"]))
 
     asking = threading.Thread(
         target=ask, daemon=True
     )  # a store whose process was halted does not even refuse
     asking.start()
     asking.join(2 * patience)
-    return [r for r in range(world()) if r not in answered] if answered else [0]
+    return [r for r in range(world_size()) if r not in answered] if answered else [0]
 
 
 class StopSignal:

@@ -24,6 +24,10 @@ from pathlib import Path
 
 import submitit
 
+import dist_utils
+import train
+from dist_utils import UserError
+
 # torch and train are imported in functions: a task of --local must hold signals back before these imports, which can take a minute.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 # What a task under Slurm is started through: a notice that comes during submitit's import, too, waits until someone listens.
@@ -54,10 +58,6 @@ ENDED = (
     "PREEMPTED",
     "FORGOTTEN",
 )
-
-
-class LaunchError(ValueError):
-    """A request that cannot be met, or a job that cannot go on."""
 
 
 # ------------------------------------------------------------------------------------------------------------ in each task
@@ -109,8 +109,6 @@ class Job:
             LOCAL_RANK=str(task.local_rank),
             LOCAL_WORLD_SIZE=str(task.num_tasks // task.num_nodes),
         )
-        import dist_utils
-        import train
 
         try:
             newest = next(iter(train.newest_checkpoints(self.work_dir)), None)
@@ -124,7 +122,7 @@ class Job:
             dist_utils.init(store, self.timeout)
             # A restart goes on from the job's own last checkpoint; the first start, and one before there is any, from what was asked for.
             # Both times are by the clock of one file server; one rank decides, as others may see an older state of it.
-            own = dist_utils.from_rank_0(
+            own = dist_utils.broadcast_object(
                 newest is not None and newest.stat().st_mtime >= self.config.stat().st_mtime
             )
             try:
@@ -146,7 +144,7 @@ class Job:
             if ending == "stopped":
                 self.come_back("stopped, its state saved")
             return ending
-        except (LaunchError, *train.ERRORS) as error:
+        except dist_utils.UserError as error:
             self.fail(f"error: {error}\n")
         except Exception:
             self.fail(traceback.format_exc())
@@ -159,50 +157,49 @@ class Job:
         return self.file(f"{self.attempt}_failure.txt")
 
     def check_progress(self, iteration: int) -> None:
-        """Notes where this start begins. Raises LaunchError where the two before it began there too: the job would come back for ever."""
-        import train
+        """Notes where this start begins. Raises UserError where the two before it began there too: the job would come back for ever."""
 
         file, in_vain = self.file("progress.json"), 0
         if self.attempt != "0" and file.exists():
             before = json.loads(file.read_text())
             in_vain = before["in_vain"] + 1 if before["iteration"] == iteration else 0
         if in_vain == 2:
-            raise LaunchError(
+            raise UserError(
                 f"job {self.job_id} came back twice without a checkpoint beyond iteration {iteration}, so it ends here. The log above says what "
                 "stopped it. A longer --time, an earlier notice (--slurm signal_delay_s=SECONDS) or a shorter checkpoint.interval may help; "
                 "then the same command goes on from there."
             )
-        train.write_whole(
+        train.atomic_write(
             file,
             lambda out: out.write(
                 json.dumps({"iteration": iteration, "in_vain": in_vain}).encode()
             ),
         )
 
-    def meet(self, host: str, world: int):
+    def meet(self, host: str, world_size: int):
         """The store where the tasks meet: rank 0 holds it on a free port, and says where in a file of this job and this start.
 
         So nothing can take the port between choosing and binding it, and no task can join another job's store.
         """
         from torch.distributed import DistNetworkError, TCPStore
 
-        from train import write_whole
-
         file, here = self.file(f"{self.attempt}_store.json"), socket.gethostname()
         if self.rank == 0:
             try:
-                store = TCPStore(host, self.port, world, is_master=True, wait_for_workers=False)
+                store = TCPStore(
+                    host, self.port, world_size, is_master=True, wait_for_workers=False
+                )
             except DistNetworkError:
-                raise LaunchError(
+                raise UserError(
                     f"port {self.port} of {here} is in use, and MASTER_PORT={self.port} was set at submission. Unset it: then each job "
                     "finds a free port by itself."
                 ) from None
-            write_whole(file, lambda out: out.write(json.dumps([host, store.port]).encode()))
+            train.atomic_write(file, lambda out: out.write(json.dumps([host, store.port]).encode()))
         else:
             end = time.monotonic() + PATIENCE
             while not file.exists():
                 if time.monotonic() > end:
-                    raise LaunchError(
+                    raise UserError(
                         f"rank {self.rank} on {here} waited {PATIENCE} s for {file}, which rank 0 writes when it starts. See its log "
                         f"{self.file('0_log.out')}, and that all nodes share this folder."
                     )
@@ -216,10 +213,10 @@ class Job:
                     (host, port), timeout=60
                 ).close()  # TCPStore would try a name that does not resolve for minutes
             except OSError as error:
-                raise LaunchError(
+                raise UserError(
                     f"rank {self.rank} on {here} cannot reach rank 0 at {host}:{port}: {error}"
                 ) from None
-            store = TCPStore(host, port, world, is_master=False)
+            store = TCPStore(host, port, world_size, is_master=False)
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(store.port))
         return store
 
@@ -323,7 +320,7 @@ def work_out(
         number is not None and number < least
         for number, least in ((nodes, 1), (gpus, 1), (per_node, 0), (tasks, 1))
     ):
-        raise LaunchError(
+        raise UserError(
             "--nodes, --gpus and --tasks-per-node must be 1 or more, --gpus-per-node 0 (to train on CPUs) or more"
         )
     if gpus:
@@ -331,13 +328,13 @@ def work_out(
             per_node = gpus // nodes if nodes else min(gpus, GPUS_PER_NODE)
         nodes = nodes or gpus // max(per_node, 1) or 1
         if nodes * per_node != gpus:
-            raise LaunchError(
+            raise UserError(
                 f"--gpus {gpus} cannot be had as {nodes} node(s) x {per_node} GPU(s). Ask for a multiple of {per_node or GPUS_PER_NODE}, "
                 f"or name --nodes and --gpus-per-node whose product is {gpus}."
             )
     per_node = 1 if per_node is None else per_node
     if per_node and tasks not in (None, per_node):
-        raise LaunchError(
+        raise UserError(
             f"--tasks-per-node {tasks} with {per_node} GPU(s) on each node: a GPU has one task. Leave it out, "
             "or train on CPUs by --gpus-per-node 0."
         )
@@ -352,7 +349,7 @@ def slurm_executor(
             folder, python=shlex.join([sys.executable, "-ISc", HOLD_BACK, sys.executable])
         )
     except RuntimeError:
-        raise LaunchError(
+        raise UserError(
             "there is no srun on this machine: submit from a node of the cluster, or train here by --local"
         ) from None
     extra = {
@@ -471,7 +468,6 @@ def follow(log: Path, ended: Callable[[], int | None]) -> int:
 
 
 def launch(args: argparse.Namespace, rest: list[str]) -> int:
-    import train
 
     nodes, gpus, tasks = work_out(args.nodes, args.gpus, args.gpus_per_node, args.tasks_per_node)
     run = train.parse_args(rest)
@@ -479,19 +475,19 @@ def launch(args: argparse.Namespace, rest: list[str]) -> int:
     processes, port = nodes * tasks, os.environ.get("MASTER_PORT", "0")
     parts = processes * config["data"].get("accumulate", 1)
     if config["data"]["batch_size"] % parts and not run.eval_only:
-        raise LaunchError(
+        raise UserError(
             f"data.batch_size {config['data']['batch_size']} cannot be dealt out evenly to {processes} processes (x data.accumulate); "
             f"ask for other nodes or GPUs, or set it to a multiple of {parts}, which needs another learning rate"
         )
     for path in (run.load_from, run.resume_from):
         if path not in (None, "auto") and not Path(path).is_file():
-            raise LaunchError(f"checkpoint {path} does not exist")
+            raise UserError(f"checkpoint {path} does not exist")
     if not (port.isdigit() and int(port) < 65536):
-        raise LaunchError(
+        raise UserError(
             f"MASTER_PORT={port} in the environment is no port. Unset it: then each job finds a free port by itself."
         )
     if args.local and (nodes > 1 or args.dry_run):
-        raise LaunchError("--local has one node, this one, and no sbatch script")
+        raise UserError("--local has one node, this one, and no sbatch script")
     work_dir = Path(run.work_dir or config["work_dir"]).absolute()
     folder, copy = (
         work_dir / "slurm",
@@ -511,7 +507,7 @@ def launch(args: argparse.Namespace, rest: list[str]) -> int:
         return 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        train.write_whole(copy, lambda file: file.write(json.dumps(config).encode()))
+        train.atomic_write(copy, lambda file: file.write(json.dumps(config).encode()))
         with contextlib.redirect_stderr(
             io.StringIO()
         ):  # submitit prints sbatch's refusal, which it raises too
@@ -526,11 +522,11 @@ def launch(args: argparse.Namespace, rest: list[str]) -> int:
                 )
             )
     except OSError as error:
-        raise LaunchError(
+        raise UserError(
             f"work_dir {work_dir} cannot be written: {error}. Name another by --work-dir."
         ) from None
     except submitit.core.utils.FailedJobError as error:
-        raise LaunchError(
+        raise UserError(
             f"Slurm refuses this job: {error}\n`sinfo -o '%P %l %D %c %m %G'` shows limits, nodes, cores, memory, GPUs."
         ) from None
     log, cancel = folder / f"{job.job_id}_0_log.out", "kill" if args.local else "scancel"
@@ -548,11 +544,10 @@ def launch(args: argparse.Namespace, rest: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parse_args(argv)
-    import train
 
     try:
         return launch(args, rest)
-    except (LaunchError, *train.ERRORS) as error:
+    except dist_utils.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

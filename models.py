@@ -26,140 +26,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from dist_utils import UserError
+
 IGNORE = 255  # the label of pixels that no loss and no metric counts; data.py maps every data set's own to it
 
 
-# -------------------------------------------------------------------------------------------------- Sections of a config
-class ConfigError(ValueError):
-    """Something in a config that its writer can mend. The message says what, where and what to do."""
-
-
-def fits(value, annotation) -> bool:
-    """Whether a value read from JSON is of an annotated type. An int serves as a float; a bool is never a number."""
-    if annotation in (inspect.Parameter.empty, typing.Any):
-        return True
-    if annotation in (None, type(None)):
-        return value is None
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (types.UnionType, typing.Union):
-        return any(fits(value, a) for a in args)
-    if origin is tuple and isinstance(value, (list, tuple)) and args[-1] is not Ellipsis:
-        return len(value) == len(args) and all(fits(v, a) for v, a in zip(value, args))
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(fits(v, args[0]) for v in value)
-    if isinstance(value, bool):
-        return annotation is bool
-    return isinstance(value, (int, float) if annotation is float else origin or annotation)
-
-
-def keywords(function) -> dict[str, inspect.Parameter]:
-    """The keyword parameters of a function or class; a class that takes **kwargs has its parents' as well."""
-    found = {}
-    for owner in function.__mro__ if isinstance(function, type) else [function]:
-        if isinstance(function, type) and "__init__" not in vars(owner):
-            continue
-        parameters = inspect.signature(
-            vars(owner)["__init__"] if isinstance(function, type) else function
-        ).parameters.values()
-        found = {
-            **{
-                p.name: p
-                for p in parameters
-                if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"
-            },
-            **found,
-        }
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return found
-
-
-def nearest(name: str, right: list[str]) -> str:
-    close = difflib.get_close_matches(name, right, 1)
-    return f"did you mean {close[0]}?" if close else f"it can be: {', '.join(sorted(right))}"
-
-
-def check_keywords(function, section: dict, place: str) -> None:
-    """Raises ConfigError unless `section` can be the keyword arguments of `function`: known names, none missing, the right types."""
-    known = keywords(function)
-    for key, value in section.items():
-        if key not in known:
-            raise ConfigError(
-                f"{place}.{key}: {function.__name__} has no such keyword; {nearest(key, list(known))}"
-            )
-        annotation = known[key].annotation
-        if not fits(value, annotation):
-            kind = (
-                annotation.__name__
-                if isinstance(annotation, type) and not typing.get_args(annotation)
-                else annotation
-            )
-            raise ConfigError(f"{place}.{key}: is {value!r}, should be of type {kind}")
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in section:
-            raise ConfigError(f"{place}.{name}: is missing; {function.__name__} needs it")
-
-
-# MMSegmentation's keywords that have one value here. A class whose own differ names them in FIXED.
-FIXED = {
-    "norm_cfg": [{"type": "BN"}, {"type": "SyncBN"}],
-    "act_cfg": [{"type": "ReLU"}],
-    "conv_cfg": [None],
-    "norm_eval": [False],
-    "frozen_stages": [-1],
-    "style": ["pytorch"],
-    "dcn": [None],
-    "plugins": [None],
-    "ignore_index": [IGNORE],
-    "reduction": ["mean"],
-    "use_mask": [False],
-}
-
-
-def without_fixed(cls: type, section: dict, place: str) -> dict:
-    """`section` without the keywords that have become automatic; a value that cannot be honoured is a ConfigError."""
-    fixed, known, kept = {**FIXED, **getattr(cls, "FIXED", {})}, keywords(cls), {}
-    for key, value in section.items():
-        if key in known or key not in fixed:
-            kept[key] = value
-            continue
-        if isinstance(value, dict):  # "SyncBN", requires_grad: what happens anyway
-            value = {
-                k: v
-                for k, v in value.items()
-                if (k, v) not in (("requires_grad", True), ("inplace", True), ("inplace", False))
-            }
-        if (list(value) if isinstance(value, tuple) else value) not in fixed[key]:
-            raise ConfigError(
-                f"{place}.{key}: is {value!r}; in {cls.__name__} it is always {fixed[key][0]!r}. Leave the key out"
-            )
-    return kept
-
-
-def construct(table: dict, section: dict, place: str):
-    """`{"type": "PSPHead", "channels": 512, ...}` -> `table["PSPHead"](channels=512, ...)`; `place` leads the error messages."""
-    section = {key: value for key, value in section.items() if key != "init_cfg"}
-    kind = str(section.pop("type", None)).removeprefix("mmpretrain.")
-    if kind not in table:
-        raise ConfigError(f"{place}.type: is {kind!r}; {nearest(kind, list(table))}")
-    section = without_fixed(table[kind], section, place)
-    check_keywords(table[kind], section, place)
-    try:
-        return table[kind](**section)
-    except ConfigError as error:  # of a section within this one
-        raise ConfigError(f"{place}.{error}") from None
-    except ValueError as error:
-        raise ConfigError(f"{place}: {error}") from error
-    except (
-        TypeError,
-        RuntimeError,
-        LookupError,
-        ArithmeticError,
-    ) as error:  # what torch says of a value that cannot be, or a slip in a net of one's own
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"{place}: {kind} cannot be built of these values: {error} ({os.path.basename(where.filename)}, line {where.lineno})"
-        ) from error
+class ConfigError(UserError):
+    """A config section cannot be built; the message begins with the place of the wrong key."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- Blocks
@@ -178,12 +51,12 @@ def without_autocast(device: torch.device):
     )
 
 
-def precise(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def init_kaiming(module: nn.Module) -> None:
-    """He's initialisation of every convolution (https://arxiv.org/abs/1502.01852), with the fan-out of a ReLU net."""
+    """He's initialization of every convolution (https://arxiv.org/abs/1502.01852), with the fan-out of a ReLU net."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -209,7 +82,7 @@ class ConvModule(nn.Sequential):
     ):
         super().__init__()
         if min(kernel_size, stride, dilation) < 1:
-            raise ValueError(
+            raise UserError(
                 f"kernel_size, stride and dilation must be 1 or more; here they are {kernel_size}, {stride} and {dilation}"
             )
         padding = kernel_size // 2 * dilation if padding is None else padding
@@ -247,7 +120,7 @@ def conv_bn(i: int, o: int, kernel_size: int, stride: int, *after: nn.Module) ->
 
 @contextmanager
 def frozen_statistics(module: nn.Module):
-    """BN in training mode still normalises by the batch, but its running statistics stay as they are."""
+    """BN in training mode still normalizes by the batch, but its running statistics stay as they are."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     before = [(m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats]
     for m, _, count in before:
@@ -259,15 +132,15 @@ def frozen_statistics(module: nn.Module):
             m.momentum, m.num_batches_tracked = momentum, count
 
 
-def run(blocks: nn.Sequential | nn.ModuleList, x: Tensor, with_cp: bool) -> Tensor:
+def run_blocks(blocks: nn.Sequential | nn.ModuleList, x: Tensor, with_cp: bool) -> Tensor:
     """One block after the other; `with_cp` stores only what enters each, which is computed again in the backward pass
     (https://arxiv.org/abs/1604.06174)."""
     for block in blocks:
-        x = run_again(block, x) if with_cp and torch.is_grad_enabled() else block(x)
+        x = checkpointed(block, x) if with_cp and torch.is_grad_enabled() else block(x)
     return x
 
 
-def run_again(block: nn.Module, x: Tensor) -> Tensor:
+def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(
         block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block))
     )
@@ -379,7 +252,7 @@ class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
         return (within.double() / within.sum(1, keepdim=True)).to(like.dtype)
 
 
-class PooledPyramid(nn.ModuleList):
+class PPM(nn.ModuleList):
     """PSPNet's pyramid: the map pooled to each of `pool_scales` squared, projected and brought back to its size."""
 
     def __init__(
@@ -414,7 +287,7 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         if not out_indices or not all(0 <= i < stages for i in out_indices):
-            raise ValueError(
+            raise UserError(
                 f"out_indices is {list(out_indices)}; it names stages, from 0 to {stages - 1}"
             )
         self.in_channels, self.out_indices, self.with_cp = in_channels, out_indices, with_cp
@@ -434,7 +307,7 @@ class ResidualBlock(nn.Module):
             convs, 1
         ):
             if min(stride_, dilation) < 1:
-                raise ValueError(
+                raise UserError(
                     f"strides and dilations must be 1 or more; here is a block with {stride_} and {dilation}"
                 )
             conv = nn.Conv2d(
@@ -537,15 +410,15 @@ class ResNet(Backbone):
     ):
         super().__init__(num_stages, **kwargs)
         if depth not in self.LAYERS:
-            raise ValueError(f"depth is {depth}; it can be {sorted(self.LAYERS)}")
+            raise UserError(f"depth is {depth}; it can be {sorted(self.LAYERS)}")
         if not len(strides) == len(dilations) == num_stages <= 4:
-            raise ValueError(
+            raise UserError(
                 f"num_stages is {num_stages}; it can be 4 at most, and strides and dilations need as many values"
             )
         self.torchvision_name = f"resnet{depth}"
         block, counts = self.LAYERS[depth]
         if multi_grid and len(multi_grid) < counts[num_stages - 1]:
-            raise ValueError(
+            raise UserError(
                 f"multi_grid has {len(multi_grid)} values, the last stage {counts[num_stages - 1]} blocks"
             )
         if deep_stem:
@@ -590,7 +463,7 @@ class ResNet(Backbone):
         )  # (N, 64, H/2, W/2)
         x, outs = F.max_pool2d(x, 3, 2, 1), []  # (N, 64, H/4, W/4)
         for name in self.stages:
-            x = run(getattr(self, name), x, self.with_cp)
+            x = run_blocks(getattr(self, name), x, self.with_cp)
             outs.append(x)  # (N, 64 * 2**i * expansion, H/stride, W/stride)
         return [outs[i] for i in self.out_indices]
 
@@ -627,7 +500,7 @@ class HRStage:
         if self.block not in ("BASIC", "BOTTLENECK") or not self.num_branches == len(
             self.num_blocks
         ) == len(self.num_channels):
-            raise ValueError(
+            raise UserError(
                 "block is BASIC or BOTTLENECK; num_blocks and num_channels need one value a branch"
             )
         self.block = BasicBlock if self.block == "BASIC" else Bottleneck
@@ -674,7 +547,7 @@ class HRModule(nn.Module):
         )
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        xs = [run(branch, x, self.with_cp) for branch, x in zip(self.branches, xs)]
+        xs = [run_blocks(branch, x, self.with_cp) for branch, x in zip(self.branches, xs)]
         return [
             F.relu(sum(resize(path(x), xs[i], False) for path, x in zip(paths, xs)))
             for i, paths in enumerate(self.fuse_layers)
@@ -718,7 +591,7 @@ class HRNet(Backbone):
     def forward(self, image: Tensor) -> list[Tensor]:
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, 64, H/2, W/2)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)  # (N, 64, H/4, W/4)
-        xs = [run(self.layer1, x, self.with_cp)]
+        xs = [run_blocks(self.layer1, x, self.with_cp)]
         for transition, stage in (
             (self.transition1, self.stage2),
             (self.transition2, self.stage3),
@@ -865,7 +738,7 @@ class MixVisionTransformer(Backbone):
         if {len(x) for x in (num_layers, num_heads, patch_sizes, strides, sr_ratios)} != {
             num_stages
         }:
-            raise ValueError(
+            raise UserError(
                 f"num_layers, num_heads, patch_sizes, strides and sr_ratios need num_stages, {num_stages}, values each"
             )
         rates = drop_path_rates(drop_path_rate, num_layers)
@@ -904,7 +777,7 @@ class MixVisionTransformer(Backbone):
     def forward(self, image: Tensor) -> list[Tensor]:
         x, outs = image, []
         for embed, blocks, norm in self.layers:
-            x = run(blocks, embed(x).permute(0, 3, 1, 2), self.with_cp)
+            x = run_blocks(blocks, embed(x).permute(0, 3, 1, 2), self.with_cp)
             x = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             outs.append(x)  # (N, embed_dims * num_heads[i], H/4/2**i, W/4/2**i)
         return [outs[i] for i in self.out_indices]
@@ -965,7 +838,7 @@ class MobileNetV2(Backbone):
     ):
         super().__init__(7, out_indices=out_indices, **kwargs)
         if not len(strides) == len(dilations) == 7:
-            raise ValueError("strides and dilations need seven values each")
+            raise UserError("strides and dilations need seven values each")
 
         def width(channels: float) -> int:
             """A multiple of 8, not more than a tenth less."""
@@ -991,7 +864,7 @@ class MobileNetV2(Backbone):
     def forward(self, image: Tensor) -> list[Tensor]:
         x, outs = self.conv1(image), []  # (N, 32, H/2, W/2)
         for i in range(7):
-            x = run(getattr(self, f"layer{i + 1}"), x, self.with_cp)
+            x = run_blocks(getattr(self, f"layer{i + 1}"), x, self.with_cp)
             outs.append(x)
         return [outs[i] for i in self.out_indices]
 
@@ -1055,7 +928,7 @@ class ConvNeXt(Backbone):
     ):
         super().__init__(4, **kwargs)
         if arch not in self.ARCHS:
-            raise ValueError(f"arch is {arch!r}; it can be {', '.join(self.ARCHS)}")
+            raise UserError(f"arch is {arch!r}; it can be {', '.join(self.ARCHS)}")
         depths, width = self.ARCHS[arch]
         self.torchvision_name = f"convnext_{arch}"
         widths = [width * 2**i for i in range(4)]
@@ -1080,7 +953,7 @@ class ConvNeXt(Backbone):
     def forward(self, image: Tensor) -> list[Tensor]:
         x, outs = image, {}
         for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = run(stage, down(x), self.with_cp)
+            x = run_blocks(stage, down(x), self.with_cp)
             if i in self.out_indices:
                 outs[i] = getattr(self, f"norm{i}")(x)  # (N, width * 2**i, H/4/2**i, W/4/2**i)
         return [outs[i] for i in self.out_indices]
@@ -1288,7 +1161,7 @@ class SwinTransformer(Backbone):
     ):
         super().__init__(len(depths), **kwargs)
         if len(depths) != len(num_heads):
-            raise ValueError("depths and num_heads need one value a stage")
+            raise UserError("depths and num_heads need one value a stage")
         sizes = {(96, 6): "t", (96, 18): "s", (128, 18): "b"}
         self.torchvision_name = (
             f"swin_{sizes[embed_dims, depths[2]]}" if (embed_dims, depths[2]) in sizes else None
@@ -1324,7 +1197,7 @@ class SwinTransformer(Backbone):
         image = F.pad(image, (0, -image.shape[3] % 4, 0, -image.shape[2] % 4))
         x, outs = self.drop(self.patch_embed(image)), {}  # (N, H/4, W/4, C)
         for i, stage in enumerate(self.stages):
-            x = run(stage.blocks, x, self.with_cp)
+            x = run_blocks(stage.blocks, x, self.with_cp)
             if i in self.out_indices:
                 outs[i] = getattr(self, f"norm{i}")(x).permute(
                     0, 3, 1, 2
@@ -1396,7 +1269,7 @@ class FPN(nn.Module):
     def __init__(self, *, in_channels: list[int], out_channels: int, num_outs: int):
         super().__init__()
         if num_outs != len(in_channels):
-            raise ValueError(
+            raise UserError(
                 f"num_outs is {num_outs}; it has to be {len(in_channels)}, the number of in_channels"
             )
         self.lateral_convs = nn.ModuleList(
@@ -1429,7 +1302,7 @@ def images_at_a_time(logits: Tensor, label: Tensor) -> int:
     return max(1, CHUNK // (logits.shape[1] * label[0].numel()))
 
 
-class SumOverImages(torch.autograd.Function):
+class ChunkedLoss(torch.autograd.Function):
     """Sum of `total(logits, label, weight)` over `size` images at a time, whose gradient is worked out along with it.
 
     Logits at full resolution, their softmax and gradient never exist for the whole batch, and nothing is computed twice: what stays until
@@ -1451,7 +1324,7 @@ class SumOverImages(torch.autograd.Function):
         weights = [None] * len(label) if weight is None else weight.split(size)
         with without_autocast(logits.device), torch.set_grad_enabled(differentiate):
             for x, y, w in zip(logits.split(size), label.split(size), weights):
-                x = precise(x.detach()).requires_grad_(differentiate)  # (n, C, h, w)
+                x = upcast(x.detach()).requires_grad_(differentiate)  # (n, C, h, w)
                 loss = total(resize(x, y.unsqueeze(1), align_corners), y.long(), w)
                 sums.append(loss.detach())
                 if differentiate:
@@ -1466,7 +1339,7 @@ class SumOverImages(torch.autograd.Function):
         return (ctx.saved_tensors[0] * gradient).to(ctx.dtype), *[None] * 6
 
 
-def sum_over_images(
+def chunked_loss(
     logits: Tensor,
     label: Tensor,
     weight: Tensor | None,
@@ -1475,7 +1348,7 @@ def sum_over_images(
     size: int,
 ) -> Tensor:
     differentiate = torch.is_grad_enabled() and logits.requires_grad
-    return SumOverImages.apply(logits, label, weight, total, align_corners, size, differentiate)
+    return ChunkedLoss.apply(logits, label, weight, total, align_corners, size, differentiate)
 
 
 def mean_over_processes(count: Tensor) -> Tensor:
@@ -1497,13 +1370,13 @@ def one_hot(label: Tensor, channels: int) -> Tensor:
 
 
 class Loss(nn.Module):
-    """What all losses share: loss_weight * sum over images of `total` / `divisor`; `class_weight` has one factor a channel.
+    """What all losses share: loss_weight * sum over images of `loss_sum` / `normalizer`; `class_weight` has one factor a channel.
 
     `loss_name`: its name in the log, with the same name several losses are added up there.
     """
 
     NAME = "loss"
-    whole_batch = False  # `total` cannot be had image by image
+    whole_batch = False  # `loss_sum` cannot be had image by image
 
     def __init__(
         self,
@@ -1517,11 +1390,11 @@ class Loss(nn.Module):
         factors = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float64)
         self.register_buffer("class_weight", factors, persistent=False)
 
-    def total(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         """Sum over these images: logits (n, C, H, W), label (n, H, W) of int64, weight (n, H, W) of a sampler or None -> scalar."""
         raise NotImplementedError
 
-    def divisor(self, logits: Tensor, label: Tensor) -> int | Tensor:
+    def normalizer(self, logits: Tensor, label: Tensor) -> int | Tensor:
         return label.numel() * logits.shape[1]
 
     def forward(
@@ -1532,12 +1405,12 @@ class Loss(nn.Module):
         weight: Tensor | None = None,
     ) -> Tensor:
         if self.class_weight is not None and len(self.class_weight) != logits.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"class_weight has {len(self.class_weight)} values, the head {logits.shape[1]} channels"
             )
         size = len(label) if self.whole_batch else images_at_a_time(logits, label)
-        total = sum_over_images(logits, label, weight, self.total, align_corners, size)
-        return self.loss_weight * total / self.divisor(logits, label)
+        total = chunked_loss(logits, label, weight, self.loss_sum, align_corners, size)
+        return self.loss_weight * total / self.normalizer(logits, label)
 
 
 class CrossEntropyLoss(Loss):
@@ -1551,7 +1424,7 @@ class CrossEntropyLoss(Loss):
         super().__init__(**kwargs)
         self.use_sigmoid, self.avg_non_ignore = use_sigmoid, avg_non_ignore
 
-    def total(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         factors = None if self.class_weight is None else self.class_weight.to(logits.dtype)
         if self.use_sigmoid:
             factors = None if factors is None else factors.view(-1, 1, 1)
@@ -1568,7 +1441,7 @@ class CrossEntropyLoss(Loss):
             )  # (n, H, W)
         return (pixels if weight is None else pixels * weight).sum()
 
-    def divisor(self, logits: Tensor, label: Tensor) -> int | Tensor:
+    def normalizer(self, logits: Tensor, label: Tensor) -> int | Tensor:
         weighted = self.class_weight is not None and not self.use_sigmoid
         entries = logits.shape[1] if self.use_sigmoid else 1
         if not weighted and not self.avg_non_ignore:
@@ -1577,7 +1450,7 @@ class CrossEntropyLoss(Loss):
         if weighted:
             factors = self.class_weight[label.long().clamp(max=len(self.class_weight) - 1)]
             counts = torch.where(counts, factors, float(not self.avg_non_ignore))
-        count = counts.sum().to(precise(logits).dtype) * entries
+        count = counts.sum().to(upcast(logits).dtype) * entries
         return (mean_over_processes(count) if self.training else count).clamp(min=1e-6)
 
 
@@ -1591,7 +1464,7 @@ class DiceLoss(Loss):
         super().__init__(**kwargs)
         self.use_sigmoid, self.eps = use_sigmoid, eps
 
-    def total(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         probability = (
             logits.sigmoid() if self.use_sigmoid or logits.shape[1] == 1 else logits.softmax(1)
         )
@@ -1606,7 +1479,7 @@ class DiceLoss(Loss):
         )  # (n, C*H*W)
         return (1 - 2 * (p * t).sum(1) / ((p * p).sum(1) + (t * t).sum(1) + 2 * self.eps)).sum()
 
-    def divisor(self, logits: Tensor, label: Tensor) -> int:
+    def normalizer(self, logits: Tensor, label: Tensor) -> int:
         return len(label)
 
 
@@ -1623,7 +1496,7 @@ class FocalLoss(Loss):
             "alpha", torch.tensor(alpha, dtype=torch.float64).view(-1, 1, 1), persistent=False
         )
 
-    def total(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         t = one_hot(label, logits.shape[1]).to(logits.dtype)
         alpha = self.alpha.to(logits.dtype)
         factors = alpha * t + (1 - alpha) * (1 - t)
@@ -1668,7 +1541,7 @@ class LovaszLoss(Loss):
             or isinstance(classes, str)
             and classes not in ("present", "all")
         ):
-            raise ValueError(
+            raise UserError(
                 'loss_type is "multi_class" or "binary", classes "present", "all" or a list of numbers'
             )
         self.binary, self.classes, self.per_image, self.whole_batch = (
@@ -1678,7 +1551,7 @@ class LovaszLoss(Loss):
             not per_image,
         )
 
-    def total(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         counted = label != IGNORE if weight is None else (label != IGNORE) & (weight > 0)
         images = range(len(label)) if self.per_image else [slice(None)]
         return torch.stack([self.of_pixels(logits[i], label[i], counted[i]) for i in images]).sum()
@@ -1703,7 +1576,7 @@ class LovaszLoss(Loss):
         present = torch.stack(present).to(logits.dtype)
         return (torch.stack(losses) * present).sum() / present.sum().clamp(min=1)
 
-    def divisor(self, logits: Tensor, label: Tensor) -> int:
+    def normalizer(self, logits: Tensor, label: Tensor) -> int:
         return len(label) if self.per_image else 1
 
 
@@ -1713,7 +1586,7 @@ class OHEMPixelSampler:
 
     def __init__(self, *, thresh: float | None = None, min_kept: int = 100000):
         if min_kept < 1:
-            raise ValueError(f"min_kept is {min_kept}; it must be 1 or more")
+            raise UserError(f"min_kept is {min_kept}; it must be 1 or more")
         self.thresh, self.min_kept = thresh, min_kept
 
     @torch.no_grad()
@@ -1727,7 +1600,7 @@ class OHEMPixelSampler:
             [],
         )
         for x, y in zip(logits.split(size), label.split(size)):
-            x = resize(precise(x), y.unsqueeze(1), align_corners).softmax(1)  # (n, C, H, W)
+            x = resize(upcast(x), y.unsqueeze(1), align_corners).softmax(1)  # (n, C, H, W)
             probability.append(x.gather(1, y.long().clamp(max=last_class).unsqueeze(1)).squeeze(1))
         probability = torch.cat(probability)  # (N, H, W)
         probability[~valid] = 2  # beyond every valid one
@@ -1774,7 +1647,7 @@ class DecodeHead(nn.Module):
         super().__init__()
         self.input_transform = input_transform or self.input_transform
         if self.input_transform not in (None, "resize_concat", "multiple_select"):
-            raise ValueError(
+            raise UserError(
                 f"input_transform is {input_transform!r}; it can be resize_concat, multiple_select or null"
             )
         several = [isinstance(x, (list, tuple)) for x in (in_channels, in_index)]
@@ -1783,7 +1656,7 @@ class DecodeHead(nn.Module):
             or all(several)
             and len(in_channels) != len(in_index)
         ):
-            raise ValueError(
+            raise UserError(
                 f"in_channels {in_channels} and in_index {in_index} should be "
                 + (
                     "lists of the same length"
@@ -1800,11 +1673,11 @@ class DecodeHead(nn.Module):
             num_classes if out_channels is None else out_channels,
         )
         if self.out_channels != num_classes and (self.out_channels, num_classes) != (1, 2):
-            raise ValueError(
+            raise UserError(
                 f"out_channels is {out_channels}; it can be num_classes, {num_classes}, or 1 where num_classes is 2"
             )
         if threshold is not None and not 0 < threshold < 1:
-            raise ValueError(f"threshold is {threshold}; it is a probability, between 0 and 1")
+            raise UserError(f"threshold is {threshold}; it is a probability, between 0 and 1")
         self.threshold = 0.5 if self.out_channels > 1 else threshold or 0.3  # MMSegmentation's
         losses = loss_decode if isinstance(loss_decode, (list, tuple)) else [loss_decode]
         self.loss_decode = nn.ModuleList(
@@ -1814,9 +1687,9 @@ class DecodeHead(nn.Module):
         if self.out_channels == 1 and any(
             isinstance(x, CrossEntropyLoss) and not x.use_sigmoid for x in self.loss_decode
         ):
-            raise ValueError("with one output channel, loss_decode needs use_sigmoid: true")
+            raise UserError("with one output channel, loss_decode needs use_sigmoid: true")
         if not losses or self.out_channels == 1 and sampler:
-            raise ValueError(
+            raise UserError(
                 "loss_decode is empty; leave it out for CrossEntropyLoss"
                 if not losses
                 else "a sampler needs an output channel for each class"
@@ -1869,7 +1742,7 @@ class FCNHead(DecodeHead):
     ):
         super().__init__(**kwargs)
         if num_convs == 0 and self.in_channels != self.channels:
-            raise ValueError(
+            raise UserError(
                 f"without convolutions channels has to be in_channels, {self.in_channels}"
             )
         widths = [self.in_channels] + [self.channels] * num_convs
@@ -2002,9 +1875,7 @@ class PSPHead(DecodeHead):
 
     def __init__(self, *, pool_scales: list[int] = (1, 2, 3, 6), **kwargs):
         super().__init__(**kwargs)
-        self.psp_modules = PooledPyramid(
-            pool_scales, self.in_channels, self.channels, self.align_corners
-        )
+        self.psp_modules = PPM(pool_scales, self.in_channels, self.channels, self.align_corners)
         self.bottleneck = ConvModule(
             self.in_channels + len(pool_scales) * self.channels, self.channels, 3
         )
@@ -2021,7 +1892,7 @@ class UPerHead(DecodeHead):
     def __init__(self, *, pool_scales: list[int] = (1, 2, 3, 6), **kwargs):
         super().__init__(**kwargs)
         *finer, last = self.in_channels
-        self.psp_modules = PooledPyramid(pool_scales, last, self.channels, self.align_corners)
+        self.psp_modules = PPM(pool_scales, last, self.channels, self.align_corners)
         self.bottleneck = ConvModule(last + len(pool_scales) * self.channels, self.channels, 3)
         self.lateral_convs = nn.ModuleList(ConvModule(c, self.channels) for c in finer)
         self.fpn_convs = nn.ModuleList(ConvModule(self.channels, self.channels, 3) for _ in finer)
@@ -2049,7 +1920,7 @@ class FPNHead(DecodeHead):
             len(feature_strides) != len(self.in_channels)
             or min(feature_strides) != feature_strides[0]
         ):
-            raise ValueError(
+            raise UserError(
                 f"feature_strides {feature_strides}: one for each of in_channels, the smallest first"
             )
         self.scale_heads = nn.ModuleList()
@@ -2232,7 +2103,7 @@ class EncHead(DecodeHead):
                 or not loss.use_sigmoid
                 or loss.class_weight is not None
             ):
-                raise ValueError(
+                raise UserError(
                     "loss_se_decode is always CrossEntropyLoss with use_sigmoid and without class_weight; only its loss_weight can be set"
                 )
             self.se_weight = loss.loss_weight
@@ -2270,7 +2141,7 @@ class ANNHead(DecodeHead):
     ):
         super().__init__(**kwargs)
         if len(self.in_channels) != 2:
-            raise ValueError(
+            raise UserError(
                 f"in_channels {self.in_channels} should be two, of a finer and a coarser map"
             )
         (low, high), c, p = self.in_channels, self.channels, project_channels
@@ -2370,7 +2241,7 @@ class PSAHead(DecodeHead):
         super().__init__(**kwargs)
         ways = {"collect": [True], "distribute": [False], "bi-direction": [True, False]}
         if psa_type not in ways:
-            raise ValueError(f"psa_type is {psa_type!r}; it can be {', '.join(ways)}")
+            raise UserError(f"psa_type is {psa_type!r}; it can be {', '.join(ways)}")
         self.mask_size, self.shrink_factor, self.psa_softmax = mask_size, shrink_factor, psa_softmax
         self.ways, c, values = ways[psa_type], self.channels, mask_size[0] * mask_size[1]
         self.normalization_factor = values if normalization_factor is None else normalization_factor
@@ -2436,7 +2307,7 @@ HEADS = {
 class Segmentor(nn.Module):
     """Backbone, neck and heads. Of a list of decode heads, a cascade, each also gets the logits of the one before.
 
-    forward(image): image (N, C, H, W), normalised -> the (last) decode head's logits (N, out_channels, h, w) at its own resolution.
+    forward(image): image (N, C, H, W), normalized -> the (last) decode head's logits (N, out_channels, h, w) at its own resolution.
     forward(image, label): label (N, H, W) of uint8 or int64, 255 ignored -> a dict of scalar losses, the sum of which is trained.
     """
 
@@ -2486,6 +2357,79 @@ class Segmentor(nn.Module):
             losses |= {f"{name}.{k}": v for k, v in head.loss(head(features), label).items()}
         return losses
 
+    def inference(
+        self,
+        image: Tensor,
+        mode: str = "whole",
+        crop_size: tuple[int, int] | None = None,
+        stride: tuple[int, int] | None = None,
+        batch_size: int = 1,
+    ) -> Tensor:
+        """Class logits (N, num_classes, h, w) of normalized images (N, C, H, W).
+
+        mode "whole": one forward pass, at the head's resolution. mode "slide": windows of `crop_size`
+        (height, width) every `stride` (down, right) pixels, `batch_size` at a time, at the image's resolution;
+        where windows overlap, their logits are averaged.
+        """
+        if mode == "whole":
+            return self.class_logits(image)
+        height, width = image.shape[2:]
+        window_height = min(crop_size[0], height)
+        window_width = min(crop_size[1], width)
+        window_size = (window_height, window_width)
+        tops = window_starts(height, window_height, stride[0])
+        lefts = window_starts(width, window_width, stride[1])
+        windows = [(n, top, left) for n in range(len(image)) for top in tops for left in lefts]
+        total = image.new_zeros(())
+        count = image.new_zeros(len(image), 1, height, width)
+        for start in range(0, len(windows), batch_size):
+            chunk = windows[start : start + batch_size]
+            crops = [image[n, :, y : y + window_height, x : x + window_width] for n, y, x in chunk]
+            logits = self.class_logits(torch.stack(crops))
+            logits = F.interpolate(
+                logits, window_size, mode="bilinear", align_corners=self.align_corners
+            )
+            if start == 0:
+                total = logits.new_zeros(len(image), logits.size(1), height, width)
+            for (n, y, x), window in zip(chunk, logits):
+                total[n, :, y : y + window_height, x : x + window_width] += window
+                count[n, :, y : y + window_height, x : x + window_width] += 1
+        return total / count
+
+    def inference_tta(
+        self, image: Tensor, size: tuple[int, int], ratios: list[float], **settings
+    ) -> Tensor:
+        """Log of the mean probabilities (N, num_classes, *size) over every scale in `ratios` and its mirror image.
+
+        settings: the keywords of `inference`.
+        """
+        total = 0.0
+        for ratio in ratios:
+            scaled_size = [int(side * ratio + 0.5) for side in image.shape[2:]]
+            scaled = F.interpolate(image, scaled_size, mode="bilinear", align_corners=False)
+            for flip in (False, True):
+                logits = self.inference(scaled.flip(3) if flip else scaled, **settings)
+                logits = logits.flip(3) if flip else logits
+                logits = F.interpolate(
+                    logits, size, mode="bilinear", align_corners=self.align_corners
+                )
+                total = total + logits.softmax(1)
+        mean = total / (2 * len(ratios))
+        return mean.clamp_min(1e-12).log()
+
+    def class_logits(self, image: Tensor) -> Tensor:
+        """One logit per class in float32; a binary network's one logit z becomes (0, z), whose softmax is z's sigmoid."""
+        logits = self(image).float()
+        if logits.size(1) > 1:
+            return logits
+        return torch.cat([torch.zeros_like(logits), logits], 1)
+
+
+def window_starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one axis; the last one is moved back so that it ends at the border."""
+    last = size - window
+    return [min(start, last) for start in range(0, last + stride, stride)]
+
 
 def compiled(net: nn.Module, **options) -> nn.Module:
     """torch.compile(net), which shall leave three things alone: SyncBN, whose gradient torch 2.11 gets wrong; `frozen_statistics`, which it would
@@ -2493,15 +2437,144 @@ def compiled(net: nn.Module, **options) -> nn.Module:
 
     Said here and not where they stand, since to say it imports the compiler, which takes as long as importing torch.
     """
-    global run_again, sum_over_images
-    run_again, sum_over_images = (
-        torch.compiler.disable(run_again, recursive=False),
-        torch.compiler.disable(sum_over_images),
+    global checkpointed, chunked_loss
+    checkpointed, chunked_loss = (
+        torch.compiler.disable(checkpointed, recursive=False),
+        torch.compiler.disable(chunked_loss),
     )
     for module in net.modules():
         if type(module).__name__ == "SyncBatchNorm":  # torch's, or dist_utils'
             module.forward = torch.compiler.disable(module.forward)
     return torch.compile(net, **options)
+
+
+# ------------------------------------------------------------------------------------------------------- Config -> network
+def fits(value, annotation) -> bool:
+    """Whether a value read from JSON is of an annotated type. An int serves as a float; a bool is never a number."""
+    if annotation in (inspect.Parameter.empty, typing.Any):
+        return True
+    if annotation in (None, type(None)):
+        return value is None
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, a) for a in args)
+    if origin is tuple and isinstance(value, (list, tuple)) and args[-1] is not Ellipsis:
+        return len(value) == len(args) and all(fits(v, a) for v, a in zip(value, args))
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(fits(v, args[0]) for v in value)
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, (int, float) if annotation is float else origin or annotation)
+
+
+def keywords(function) -> dict[str, inspect.Parameter]:
+    """The keyword parameters of a function or class; a class that takes **kwargs has its parents' as well."""
+    found = {}
+    for owner in function.__mro__ if isinstance(function, type) else [function]:
+        if isinstance(function, type) and "__init__" not in vars(owner):
+            continue
+        parameters = inspect.signature(
+            vars(owner)["__init__"] if isinstance(function, type) else function
+        ).parameters.values()
+        found = {
+            **{
+                p.name: p
+                for p in parameters
+                if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"
+            },
+            **found,
+        }
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def suggest(name: str, right: list[str]) -> str:
+    close = difflib.get_close_matches(name, right, 1)
+    return f"did you mean {close[0]}?" if close else f"it can be: {', '.join(sorted(right))}"
+
+
+def check_keywords(function, section: dict, place: str) -> None:
+    """Raises ConfigError unless `section` can be the keyword arguments of `function`: known names, none missing, the right types."""
+    known = keywords(function)
+    for key, value in section.items():
+        if key not in known:
+            raise ConfigError(
+                f"{place}.{key}: {function.__name__} has no such keyword; {suggest(key, list(known))}"
+            )
+        annotation = known[key].annotation
+        if not fits(value, annotation):
+            kind = (
+                annotation.__name__
+                if isinstance(annotation, type) and not typing.get_args(annotation)
+                else annotation
+            )
+            raise ConfigError(f"{place}.{key}: is {value!r}, should be of type {kind}")
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in section:
+            raise ConfigError(f"{place}.{name}: is missing; {function.__name__} needs it")
+
+
+# MMSegmentation's keywords that have one value here. A class whose own differ names them in FIXED.
+FIXED = {
+    "norm_cfg": [{"type": "BN"}, {"type": "SyncBN"}],
+    "act_cfg": [{"type": "ReLU"}],
+    "conv_cfg": [None],
+    "norm_eval": [False],
+    "frozen_stages": [-1],
+    "style": ["pytorch"],
+    "dcn": [None],
+    "plugins": [None],
+    "ignore_index": [IGNORE],
+    "reduction": ["mean"],
+    "use_mask": [False],
+}
+
+
+def without_fixed(cls: type, section: dict, place: str) -> dict:
+    """`section` without the keywords that have become automatic; a value that cannot be honored is a ConfigError."""
+    fixed, known, kept = {**FIXED, **getattr(cls, "FIXED", {})}, keywords(cls), {}
+    for key, value in section.items():
+        if key in known or key not in fixed:
+            kept[key] = value
+            continue
+        if isinstance(value, dict):  # "SyncBN", requires_grad: what happens anyway
+            value = {
+                k: v
+                for k, v in value.items()
+                if (k, v) not in (("requires_grad", True), ("inplace", True), ("inplace", False))
+            }
+        if (list(value) if isinstance(value, tuple) else value) not in fixed[key]:
+            raise ConfigError(
+                f"{place}.{key}: is {value!r}; in {cls.__name__} it is always {fixed[key][0]!r}. Leave the key out"
+            )
+    return kept
+
+
+def construct(table: dict, section: dict, place: str):
+    """`{"type": "PSPHead", "channels": 512, ...}` -> `table["PSPHead"](channels=512, ...)`; `place` leads the error messages."""
+    section = {key: value for key, value in section.items() if key != "init_cfg"}
+    kind = str(section.pop("type", None)).removeprefix("mmpretrain.")
+    if kind not in table:
+        raise ConfigError(f"{place}.type: is {kind!r}; {suggest(kind, list(table))}")
+    section = without_fixed(table[kind], section, place)
+    check_keywords(table[kind], section, place)
+    try:
+        return table[kind](**section)
+    except ConfigError as error:  # of a section within this one
+        raise ConfigError(f"{place}.{error}") from None
+    except UserError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    except (
+        TypeError,
+        RuntimeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:  # what torch says of a value that cannot be, or a slip in a net of one's own
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{place}: {kind} cannot be built of these values: {error} ({os.path.basename(where.filename)}, line {where.lineno})"
+        ) from error
 
 
 def build_model(cfg: dict) -> Segmentor:
@@ -2593,7 +2666,7 @@ def load_pretrained(model: Segmentor) -> str | None:
     if os.path.exists(name):
         try:
             state = read_weights(name)
-        except ValueError as error:
+        except UserError as error:
             raise ConfigError(
                 f"model.backbone.pretrained: {name} cannot be read as weights: {error}"
             ) from None
@@ -2609,7 +2682,7 @@ def load_pretrained(model: Segmentor) -> str | None:
     if any(key.startswith("features.") for key in state):
         state = model.backbone.from_torchvision(state)
     try:
-        return f"pretrained {name}: " + copy_matching(model.backbone, state)
+        return f"pretrained {name}: " + load_matching(model.backbone, state)
     except ConfigError as error:
         raise ConfigError(
             f"model.backbone.pretrained: {name}: {error}. Name weights of this backbone, or null"
@@ -2636,7 +2709,7 @@ def read_weights(path: str | os.PathLike) -> dict:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise ValueError(f"record {damaged} does not match its checksum")
+                raise UserError(f"record {damaged} does not match its checksum")
             names = [
                 n
                 for n in torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -2645,12 +2718,12 @@ def read_weights(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals([(Absent, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
-            raise ValueError(
+            raise UserError(
                 f"it holds a {type(content).__name__}, where a dict of tensors is expected"
             )
         return content
     except Exception as error:  # damage can show anywhere in the reader
-        raise ValueError(
+        raise UserError(
             re.sub(r"\x1b\[\d+m", "", str(error)).splitlines()[0]
             if str(error)
             else type(error).__name__
@@ -2677,7 +2750,7 @@ def fetch(name: str, net: str | None) -> dict:
         )
         if key not in weights:
             raise ConfigError(
-                f"model.backbone.pretrained: {net} has no weights {name}; {nearest(name, list(weights))}"
+                f"model.backbone.pretrained: {net} has no weights {name}; {suggest(name, list(weights))}"
             )
         url = weights[key].url
     if not url.startswith(("http://", "https://", "file://")):
@@ -2717,7 +2790,7 @@ def load_weights(model: Segmentor, state: dict) -> str:
                 (r"^head", "decode_head"),
             ],
         )
-    return copy_matching(model, state)
+    return load_matching(model, state)
 
 
 def plain_state(state: dict) -> dict[str, Tensor]:
@@ -2731,7 +2804,7 @@ def plain_state(state: dict) -> dict[str, Tensor]:
     }
 
 
-def copy_matching(module: nn.Module, state: dict[str, Tensor]) -> str:
+def load_matching(module: nn.Module, state: dict[str, Tensor]) -> str:
     own = module.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     counted = [

@@ -36,26 +36,13 @@ from tqdm import tqdm
 import data
 import dist_utils
 import models
-from data import Data, DataError
-from dist_utils import ProcessError
-from models import ConfigError, Segmentor, check_keywords, fits, keywords, nearest
+from data import Data
+from dist_utils import ProcessError, UserError
+from models import ConfigError, Segmentor, check_keywords, fits, keywords, suggest
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or of another net, or the last one could not be written."""
-
-
-class TrainingError(RuntimeError):
-    """The numbers went wrong."""
-
-
-ERRORS = (
-    ConfigError,
-    DataError,
-    CheckpointError,
-    TrainingError,
-    ProcessError,
-)  # what a user can mend: their message is enough
 
 
 # ---------------------------------------------------------------------------------------------------------------- config
@@ -248,7 +235,7 @@ def data_keywords(section: dict):
     """Something to check the `data` section by: the keywords of Data and of the data set that `type` names."""
     if section.get("type") not in list(data.DATASETS):
         raise ConfigError(
-            f"data.type is {section.get('type')!r}; {nearest(str(section.get('type')), list(data.DATASETS))}"
+            f"data.type is {section.get('type')!r}; {suggest(str(section.get('type')), list(data.DATASETS))}"
         )
 
     def keywords_of_data(): ...
@@ -384,7 +371,7 @@ def learning_rate(
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def write_whole(path: Path, write) -> None:
+def atomic_write(path: Path, write) -> None:
     """Writes a file whole or not at all: `write(file)` to a temporary name beside it, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -406,7 +393,7 @@ def link(path: Path, name: Path) -> None:
         os.link(path, temporary)
         os.replace(temporary, name)
     except OSError:
-        write_whole(name, lambda file: file.write(path.read_bytes()))
+        atomic_write(name, lambda file: file.write(path.read_bytes()))
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -416,7 +403,7 @@ def load_checkpoint(path: str | Path) -> dict:
         raise CheckpointError(f"checkpoint {path} does not exist; nothing was started")
     try:
         return models.read_weights(path)
-    except ValueError as error:
+    except UserError as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged, or holds Python objects, which could run code and are not loaded: {error}. "
             "Take another file, or --resume-from auto for the newest good one of the work_dir."
@@ -546,7 +533,7 @@ def not_finite(state: object, place: str = "") -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- work_dir
 
 
-class WorkDir:
+class RunDir:
     """The folder of a run: config.json, train.log, metrics.jsonl, checkpoints, TensorBoard's files (where that is installed).
 
     Rank 0 writes; on other ranks the methods do nothing. `fresh`: a new run, which refuses a folder that holds one; else one that goes on from
@@ -592,7 +579,7 @@ class WorkDir:
                 os.replace(newer, f"{newer}.old")
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
-        write_whole(
+        atomic_write(
             self.path / "config.json",
             lambda file: file.write(
                 json.dumps(config | {"run": describe_run()}, indent=1).encode()
@@ -652,7 +639,7 @@ class WorkDir:
         sizes = {name: os.fstat(log.fileno()).st_size for name, log in zip(self.LOGS, self.logs)}
         try:
             self.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-            write_whole(
+            atomic_write(
                 self.path / names[0], lambda file: torch.save(content | {"logs": sizes}, file)
             )
             for name in names[1:]:
@@ -694,7 +681,7 @@ def describe_run() -> dict:
         "git_commit": git("rev-parse", "HEAD"),
         "git_diff": git("diff", "HEAD"),
         "versions": versions(),
-        "processes": dist_utils.world(),
+        "processes": dist_utils.world_size(),
         "host": platform.node(),
     }
 
@@ -717,66 +704,6 @@ def duration(seconds: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation
-
-
-def infer(model: Segmentor, image: Tensor, settings: Evaluation) -> Tensor:
-    """Logits (N, classes, h, w) of normalised images (N, C, H, W): whole, at the head's resolution, or from windows, at the image's."""
-    if settings.mode == "whole":
-        return two_classes(model(image).float())
-    size, (height, width) = (
-        [min(pair) for pair in zip(settings.crop_size, image.shape[2:])],
-        image.shape[2:],
-    )
-    corners = [
-        (min(y, height - size[0]), min(x, width - size[1]))
-        for y in range(0, max(height - size[0] + settings.stride[0] - 1, 0) + 1, settings.stride[0])
-        for x in range(0, max(width - size[1] + settings.stride[1] - 1, 0) + 1, settings.stride[1])
-    ]
-    windows = [(n, y, x) for n in range(len(image)) for y, x in corners]
-    total, count = 0.0, image.new_zeros(len(image), 1, height, width)
-    for start in range(0, len(windows), settings.batch_size):
-        some = windows[start : start + settings.batch_size]
-        logits = two_classes(
-            model(
-                torch.stack([image[n, :, y : y + size[0], x : x + size[1]] for n, y, x in some])
-            ).float()
-        )
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=model.align_corners)
-        if start == 0:
-            total = logits.new_zeros(len(image), logits.size(1), height, width)
-        for (n, y, x), window in zip(some, logits):
-            total[n, :, y : y + size[0], x : x + size[1]] += window
-            count[n, :, y : y + size[0], x : x + size[1]] += 1
-    return total / count
-
-
-def two_classes(logits: Tensor) -> Tensor:
-    """A binary net's one logit z as the logits 0, z, whose softmax is z's sigmoid."""
-    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.size(1) == 1 else logits
-
-
-def infer_augmented(
-    model: Segmentor, image: Tensor, size: tuple[int, int], settings: Evaluation
-) -> Tensor:
-    """Log of the mean probabilities (N, classes, *size) over all `settings.ratios` of the image, and each one's mirror image."""
-    total = 0.0
-    for ratio in settings.ratios:
-        scaled = F.interpolate(
-            image,
-            [int(s * ratio + 0.5) for s in image.shape[2:]],
-            mode="bilinear",
-            align_corners=False,
-        )
-        for flip in (False, True):
-            logits = infer(model, scaled.flip(3) if flip else scaled, settings)
-            logits = F.interpolate(
-                logits.flip(3) if flip else logits,
-                size,
-                mode="bilinear",
-                align_corners=model.align_corners,
-            )
-            total = total + logits.softmax(1)
-    return (total / (2 * len(settings.ratios))).clamp_min(1e-12).log()
 
 
 def classify(
@@ -811,7 +738,7 @@ def classify(
     return best_class, ((log_sum - own) * (label != 255)).sum(dtype=torch.float64)
 
 
-def scores(confusion: Tensor) -> dict:
+def compute_metrics(confusion: Tensor) -> dict:
     """MMSegmentation's metrics from a confusion matrix (classes, classes), rows the truth, columns the prediction.
 
     IoU, Acc (recall), Precision and Dice (the F1 score) are lists over classes, None where a class does not occur; means leave those out.
@@ -853,7 +780,7 @@ def table(result: dict, classes: Sequence[str]) -> str:
     )
 
 
-def coloured(classes: Tensor, palette: Sequence) -> Image.Image:
+def colored(classes: Tensor, palette: Sequence) -> Image.Image:
     """A map of classes (H, W) as a palette image; 255 is black."""
     image = Image.fromarray(classes.byte().cpu().numpy())
     image.putpalette(
@@ -872,11 +799,11 @@ def write_preview(
     size = label.shape[::-1]
     sheet = Image.new("RGB", (3 * size[0], size[1]))
     sheet.paste(Image.fromarray(image.byte().permute(1, 2, 0).cpu().numpy()).resize(size), (0, 0))
-    sheet.paste(coloured(label, palette).convert("RGB"), (size[0], 0))
-    sheet.paste(coloured(prediction, palette).convert("RGB"), (2 * size[0], 0))
+    sheet.paste(colored(label, palette).convert("RGB"), (size[0], 0))
+    sheet.paste(colored(prediction, palette).convert("RGB"), (2 * size[0], 0))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: sheet.save(file, "png"))
+        atomic_write(path, lambda file: sheet.save(file, "png"))
     except OSError as error:  # a full disk costs a picture, not the run
         tqdm.write(f"{path}: {error}")
 
@@ -910,11 +837,17 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     batches = source.val_batches(
         dist_utils.rank(),
-        dist_utils.world(),
+        dist_utils.world_size(),
         settings.scale,
         settings.batch_size if settings.mode == "whole" else 1,
     )
     broken = torch.zeros((), device=device)
+    windows = {
+        "mode": settings.mode,
+        "crop_size": settings.crop_size,
+        "stride": settings.stride,
+        "batch_size": settings.batch_size,
+    }
     for number, batch in enumerate(
         tqdm(
             batches,
@@ -930,9 +863,9 @@ def evaluate(
         image = image.to(next(model.parameters()).dtype)
         with autocast():
             logits = (
-                infer_augmented(model, image, label.shape[1:], settings)
+                model.inference_tta(image, label.shape[1:], settings.ratios, **windows)
                 if augment
-                else infer(model, image, settings)
+                else model.inference(image, **windows)
             )
         prediction, batch_loss = classify(logits, label, model.align_corners, model.threshold)
         loss += batch_loss
@@ -944,16 +877,16 @@ def evaluate(
             for index, classes_of in zip(batch["index"], prediction):
                 path = show_dir / f"{int(index):06d}_{Path(source.val.name(int(index))).stem}.png"
                 try:
-                    coloured(classes_of, source.palette).save(path)
+                    colored(classes_of, source.palette).save(path)
                 except OSError as error:
                     tqdm.write(f"{path}: {error}")
     model.train(training)
     torch.backends.cudnn.benchmark = tuned
-    if dist_utils.sum_over_processes(broken):
+    if dist_utils.all_reduce(broken):
         return None
-    dist_utils.sum_over_processes(confusion), dist_utils.sum_over_processes(loss)
+    dist_utils.all_reduce(confusion), dist_utils.all_reduce(loss)
     confusion = confusion[:-1].view(classes, classes)
-    return scores(confusion) | {
+    return compute_metrics(confusion) | {
         "loss": (loss / confusion.sum().clamp(min=1)).item(),
         "confusion": confusion.tolist(),
     }
@@ -993,7 +926,14 @@ def dry_run(config: dict, batch: int) -> Segmentor:
             )
         except NotImplementedError:  # a net of one's own may use operations without a meta kernel
             pass
-        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        except (
+            UserError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+        ) as error:
             if "more than 1 value per channel" in str(error):
                 raise ConfigError(
                     f"a batch norm of this net would see one value a channel, which has no variance: a process takes {batch} image at a time and "
@@ -1045,7 +985,7 @@ def forward_backward(
         batch = next(batches)
         waited += time.perf_counter() - asked
         image, label = source.prepare(batch, device)
-        with contextlib.nullcontext() if last or dist_utils.world() == 1 else net.no_sync():
+        with contextlib.nullcontext() if last or dist_utils.world_size() == 1 else net.no_sync():
             with autocast():
                 losses = net(image.to(dtype), label)
             values = (
@@ -1055,13 +995,13 @@ def forward_backward(
             )
             if last:  # the host waits for this mean alone, while the device goes on with the backward pass
                 flag = torch.full((1,), float(stopping), dtype=values.dtype, device=device)
-                mean = dist_utils.MeanOverProcesses(torch.cat([values, flag]), timeout)
+                mean = dist_utils.AsyncMean(torch.cat([values, flag]), timeout)
             scaler.scale(sum(losses.values()) / source.accumulate).backward()
     *means, stopping = mean.result()
     return dict(zip(losses, means)) | {"loss": sum(means)}, stopping > 0, waited
 
 
-def check_gradients(model: nn.Module, folder: WorkDir) -> None:
+def check_gradients(model: nn.Module, folder: RunDir) -> None:
     """After the first backward: names parameters that no loss depends on. DDP would fail at the next step without a name."""
     unused = [
         name
@@ -1070,14 +1010,14 @@ def check_gradients(model: nn.Module, folder: WorkDir) -> None:
     ]
     if unused:
         text = f"no loss depends on {len(unused)} parameters: {', '.join(unused[:8])}. Take them out of the net, or set requires_grad=False on them."
-        if dist_utils.world() > 1:
+        if dist_utils.world_size() > 1:
             raise ConfigError(text + " Several processes cannot average their gradients.")
         folder.line(text)
 
 
 def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     """One experiment from its config to its end: "done", or "stopped" by a signal, its state saved."""
-    rank, world = dist_utils.rank(), dist_utils.world()
+    rank, world_size = dist_utils.rank(), dist_utils.world_size()
     work_dir, settings = Path(config["work_dir"]), Evaluation(**config["evaluation"])
     checkpointing, log_interval, max_iters = (
         Checkpoint(**config["checkpoint"]),
@@ -1098,7 +1038,7 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     # ---- data
     source = Data(**config["data"], seed=config["seed"]).to(device)
     if (
-        not args.eval_only and world == 1 and source.batch_size == source.accumulate
+        not args.eval_only and world_size == 1 and source.batch_size == source.accumulate
     ):  # several processes share their statistics
         dry_run(config, 1)
     source.check(train=not args.eval_only, val=args.eval_only or not args.no_validate)
@@ -1121,11 +1061,13 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     # ---- where to start: --resume-from before --load-from before the backbone's `pretrained`
     start, best, validated, notes = 0, None, True, []
     sizes = dict.fromkeys(
-        WorkDir.LOGS, 0
+        RunDir.LOGS, 0
     )  # what is there without a checkpoint is of a try that ended before its first
     path = args.resume_from
     if path == "auto":
-        path, complaints = dist_utils.from_rank_0(find_checkpoint(work_dir) if rank == 0 else None)
+        path, complaints = dist_utils.broadcast_object(
+            find_checkpoint(work_dir) if rank == 0 else None
+        )
         notes += complaints + ["no checkpoint yet: starting afresh"] * (path is None)
     if path:
         checkpoint = load_checkpoint(path)
@@ -1158,14 +1100,14 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
     net = dist_utils.distribute(model)
     net = models.compiled(net) if config["compile"] else net
 
-    batches = None if args.eval_only else source.train_batches(rank, world, start)
+    batches = None if args.eval_only else source.train_batches(rank, world_size, start)
 
     # ---- work_dir
-    folder = WorkDir(
+    folder = RunDir(
         work_dir, config, not path, None if args.eval_only else start, sizes, checkpointing.keep
     )
     folder.line(
-        f"{model_summary(model)}; {world} process(es) on {device.type}, {low or dtype}; work_dir {work_dir}"
+        f"{model_summary(model)}; {world_size} process(es) on {device.type}, {low or dtype}; work_dir {work_dir}"
     )
     for note in notes:
         folder.line(note)
@@ -1203,7 +1145,7 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
         content = snapshot(model, optimizer, scaler, config, source, done, best, validated)
         bad = not_finite({key: content[key] for key in ("state_dict", "optimizer")})
         if bad:
-            raise TrainingError(
+            raise UserError(
                 f"after iteration {done} there are values that are not finite in {', '.join(bad[:5])}: no checkpoint was written, the last one "
                 "stands. Lower the learning rate, or set clip_grad, or precision=fp32."
             )
@@ -1256,7 +1198,7 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
                 broken = not_finite(
                     {name: parameter.data for name, parameter in model.named_parameters()}
                 )
-                raise TrainingError(
+                raise UserError(
                     not_finite_message(
                         iteration,
                         losses,
@@ -1323,8 +1265,8 @@ def not_finite_message(
     )
     launcher = (
         "python"
-        if dist_utils.world() == 1
-        else f"torchrun --standalone --nproc_per_node={dist_utils.world()}"
+        if dist_utils.world_size() == 1
+        else f"torchrun --standalone --nproc_per_node={dist_utils.world_size()}"
     )
     values = ", ".join(f"{name} {value}" for name, value in losses.items())
     weights = (
@@ -1341,7 +1283,7 @@ def not_finite_message(
 
 
 def report(
-    folder: WorkDir,
+    folder: RunDir,
     done: int,
     max_iters: int,
     lr: float,
@@ -1404,7 +1346,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--show-dir",
         metavar="DIR",
-        help="write each validation image's prediction there as a coloured PNG",
+        help="write each validation image's prediction there as a colored PNG",
     )
     parser.add_argument(
         "--options",
@@ -1431,15 +1373,15 @@ def main(argv: Sequence[str] | None = None) -> str:
     device = dist_utils.init(timeout=config["timeout"])
     try:
         ending = run(args, config, device)
-        dist_utils.quit()  # not after an error: to leave in order would wait for processes that may be gone
+        dist_utils.cleanup()  # not after an error: to leave in order would wait for processes that may be gone
         return ending
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
+        raise UserError(
             f"the GPU's memory is too small: {error}\nSet model.backbone.with_cp=true (activation checkpointing), data.accumulate=2 or more "
             "(the same batch in parts), precision=bf16, or a smaller data.crop_size."
         ) from None
-    except RuntimeError as error:
-        if dist_utils.world() > 1 and (
+    except (RuntimeError, ProcessError) as error:
+        if dist_utils.world_size() > 1 and (
             isinstance(error, dist_utils.COMMUNICATION) or "gloo" in str(error)
         ):
             raise ProcessError(
@@ -1454,5 +1396,5 @@ def main(argv: Sequence[str] | None = None) -> str:
 if __name__ == "__main__":
     try:
         sys.exit(0 if main() == "done" else 143)  # 143: ended by SIGTERM, as a shell counts
-    except ERRORS as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -80,7 +80,7 @@ def data(args: argparse.Namespace) -> dict:
         "cache": args.cache,
         "images_per_s_per_core": 1 / seconds,
         "s_per_image": seconds,
-        "s_per_image_of_colour_on_this_core": prepared,
+        "s_per_image_of_color_on_this_core": prepared,
     }
 
 
@@ -180,7 +180,7 @@ def step(args: argparse.Namespace) -> dict:
         "batch": args.batch,
         "size": args.size,
         "s_per_iter": seconds,
-        "images_per_s": args.batch * dist_utils.world() / seconds,
+        "images_per_s": args.batch * dist_utils.world_size() / seconds,
         "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "process_memory_gib": system.getrusage(system.RUSAGE_SELF).ru_maxrss / 2**20,
         "bare_s_per_iter": plain,

@@ -32,10 +32,10 @@ def _child(argv: list[str], env: dict, log: str, cwd: str) -> None:
 
 
 class Run:
-    """`python train.py ARGV` as one process, or as `world` processes that meet at a port, as torchrun starts them."""
+    """`python train.py ARGV` as one process, or as `world_size` processes that meet at a port, as torchrun starts them."""
 
-    def __init__(self, argv: list, folder: Path, world: int = 1, env: dict | None = None):
-        self.logs = [folder / f"rank{rank}.out" for rank in range(world)]
+    def __init__(self, argv: list, folder: Path, world_size: int = 1, env: dict | None = None):
+        self.logs = [folder / f"rank{rank}.out" for rank in range(world_size)]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -45,14 +45,14 @@ class Run:
             ranks = {
                 "RANK": rank,
                 "LOCAL_RANK": rank,
-                "WORLD_SIZE": world,
-                "LOCAL_WORLD_SIZE": world,
+                "WORLD_SIZE": world_size,
+                "LOCAL_WORLD_SIZE": world_size,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             }
             environment = {
                 key: str(value)
-                for key, value in ((ranks if world > 1 else {}) | (env or {})).items()
+                for key, value in ((ranks if world_size > 1 else {}) | (env or {})).items()
             }
             process = SERVER.Process(
                 target=_child, args=([str(a) for a in argv], environment, str(log), str(folder))
@@ -134,19 +134,19 @@ def tiny(tmp_path: Path) -> dict:
 
 @pytest.fixture
 def run(tmp_path: Path):
-    """run(config, "--resume-from", "auto", world=2, env={}) -> a finished Run; started=True -> one under way."""
+    """run(config, "--resume-from", "auto", world_size=2, env={}) -> a finished Run; started=True -> one under way."""
 
     def start(
         config: dict,
         *argv,
-        world: int = 1,
+        world_size: int = 1,
         env: dict | None = None,
         started: bool = False,
         expect: int | None = 0,
     ) -> Run:
         path = tmp_path / "config.json"
         path.write_text(json.dumps(config))
-        process = Run(["--config", path, *argv], tmp_path, world, env)
+        process = Run(["--config", path, *argv], tmp_path, world_size, env)
         runs.append(process)
         if not started:
             codes = process.wait()

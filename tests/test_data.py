@@ -1,4 +1,4 @@
-"""data.py: samples, colour, order, errors, cache, data sets, validation, preflight."""
+"""data.py: samples, color, order, errors, cache, data sets, validation, preflight."""
 
 import colorsys
 import functools
@@ -95,8 +95,8 @@ def test_crop_equals_scaling_the_whole_and_cropping(kind):
         expected = expected.round() if kind is np.uint8 else expected
         assert (found.float() - expected).abs().max() <= 1, (height, width, scaled, top, left, h, w)
         rows, columns = (
-            data.nearest(top, h, height, scaled[0]),
-            data.nearest(left, w, width, scaled[1]),
+            data.nearest_pixels(top, h, height, scaled[0]),
+            data.nearest_pixels(left, w, width, scaled[1]),
         )
         exact = [
             [y * height // scaled[0] for y in range(top, top + h)],
@@ -153,12 +153,12 @@ def test_crops_are_retried_until_they_are_varied():
         )
         return [samples.sample(p)[1] for p in range(200)]
 
-    def varied(label):
+    def satisfies_cat_max_ratio(label):
         return 0.25 < (label == 1).mean() < 0.75
 
     assert (
-        np.mean([varied(label) for label in labels(0.75)]) > 0.6
-        and np.mean([varied(label) for label in labels(1.0)]) < 0.2
+        np.mean([satisfies_cat_max_ratio(label) for label in labels(0.75)]) > 0.6
+        and np.mean([satisfies_cat_max_ratio(label) for label in labels(1.0)]) < 0.2
     )
     assert all(
         label.shape == (20, 20) for label in labels(0.01)
@@ -198,10 +198,10 @@ def test_flip_turns_image_and_label_together(folder):
         assert torch.equal(plain["label"][n, :h, :w], turned["label"][n, :h, :w].flip(-1))
 
 
-# ------------------------------------------------------------------------------------------------------------- colour
+# ------------------------------------------------------------------------------------------------------------- color
 
 
-def reference_colour(pixel, brightness, before, saturation, hue, after):
+def reference_color(pixel, brightness, before, saturation, hue, after):
     """One pixel through MMSegmentation's steps, by colorsys."""
 
     def clip(values):
@@ -213,22 +213,22 @@ def reference_colour(pixel, brightness, before, saturation, hue, after):
     return clip(v * after for v in pixel)
 
 
-def test_colour_agrees_with_a_pixel_by_pixel_reference():
+def test_color_agrees_with_a_pixel_by_pixel_reference():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (8, 3, 9, 11)).astype(np.float32)
     image[:, :, 0] = image[:, :1, 0]  # greys, black and white among them
     image[:, :, 1, :3] = np.array([0, 255, 128])
     samples = Data(type="synthetic", batch_size=1, crop_size=[8, 8]).samples
-    colour = torch.tensor([samples.draw_colour(rng) for _ in range(8)])
-    found = data.distort(torch.from_numpy(image.copy()), colour)
+    color = torch.tensor([samples.draw_color(rng) for _ in range(8)])
+    found = data.photometric_distortion(torch.from_numpy(image.copy()), color)
     for n, y, x in np.ndindex(8, 9, 11):
-        expected = reference_colour(image[n, :, y, x].tolist(), *colour[n].tolist())
+        expected = reference_color(image[n, :, y, x].tolist(), *color[n].tolist())
         assert np.abs(found[n, :, y, x].numpy() - expected).max() < 0.1
 
 
-def test_colour_draws_have_the_right_odds_and_ranges():
+def test_color_draws_have_the_right_odds_and_ranges():
     samples = Data(type="synthetic", batch_size=1, crop_size=[8, 8]).samples
-    drawn = np.array([samples.draw_colour(np.random.default_rng(i)) for i in range(4000)])
+    drawn = np.array([samples.draw_color(np.random.default_rng(i)) for i in range(4000)])
     neutral = np.array([0, 1, 1, 0, 1])
     assert np.allclose((drawn != neutral).mean(0), [0.5, 0.25, 0.5, 0.5, 0.25], atol=0.03)
     assert not ((drawn[:, 1] != 1) & (drawn[:, 4] != 1)).any()
@@ -240,7 +240,7 @@ def test_colour_draws_have_the_right_odds_and_ranges():
     ).all()
 
 
-def test_normalisation_of_undistorted_batches_is_exact(folder):
+def test_normalization_of_undistorted_batches_is_exact(folder):
     source = Data(**folder, photometric=False)
     batch = next(source.train_batches())
     image, _ = source.prepare(batch, "cpu")
@@ -257,7 +257,7 @@ def test_normalisation_of_undistorted_batches_is_exact(folder):
 def test_samples_do_not_depend_on_workers_processes_parts_or_start(folder):
     whole = take(Data(**folder | {"batch_size": 8}, seed=3).train_batches(), 3)
     assert len({int(p) for batch in whole for p in batch["position"]}) == 24
-    for workers, world, accumulate, start in (
+    for workers, world_size, accumulate, start in (
         (2, 1, 1, 0),
         (0, 2, 1, 1),
         (1, 2, 2, 2),
@@ -268,8 +268,8 @@ def test_samples_do_not_depend_on_workers_processes_parts_or_start(folder):
             **folder | {"batch_size": 8, "workers": workers, "accumulate": accumulate}, seed=3
         )
         parts = [
-            take(source.train_batches(rank, world, start), (3 - start) * accumulate)
-            for rank in range(world)
+            take(source.train_batches(rank, world_size, start), (3 - start) * accumulate)
+            for rank in range(world_size)
         ]
         for step in range(start, 3):
             mine = [
@@ -410,7 +410,7 @@ def test_black_and_white_bits_and_wide_integers_are_labels_too(folder):
     assert "value -1 " in complaint(lambda: Data(**folder).train.load(0))
 
 
-def test_colour_picture_as_label(folder):
+def test_color_picture_as_label(folder):
     path = edit(folder, "labels", np.zeros((60, 90, 3), np.uint8))
     text = complaint(lambda: Data(**folder).train.load(0))
     assert path in text and "palette" in text and "grey PNG" in text
@@ -455,7 +455,7 @@ def test_numbers_that_cannot_be(folder):
     assert "mean" in complaint(lambda: Data(**folder | {"in_channels": 4}))
     assert "none of" in complaint(lambda: Data(**folder | {"type": "citiscapes"}))
     assert "253" in complaint(lambda: Data(**folder | {"classes": ["c"] * 300}).train)
-    assert "colours" in complaint(lambda: Data(**folder, palette=[[0, 0, 0]]).train)
+    assert "colors" in complaint(lambda: Data(**folder, palette=[[0, 0, 0]]).train)
     assert "0..255" in complaint(lambda: Data(**folder, ignore_index=-1).train)
 
 
@@ -714,7 +714,7 @@ def test_official_layouts(kind, tmp_path):
         len(source.classes) == len(source.palette) == classes
         and len(set(source.classes)) == classes
     )
-    assert all(len(colour) == 3 and all(0 <= v <= 255 for v in colour) for colour in source.palette)
+    assert all(len(color) == 3 and all(0 <= v <= 255 for v in color) for color in source.palette)
     assert np.unique(source.train.load(0)[1]).tolist() == [meant]
     next(source.train_batches()), next(iter(source.val_batches()))
 
@@ -759,7 +759,7 @@ def test_official_labels_that_were_not_converted(tmp_path):
     )
 
 
-def test_names_and_colours_are_the_published_ones():
+def test_names_and_colors_are_the_published_ones():
     assert (
         data.voc_palette(21)[15] == [192, 128, 128]
         and data.voc_palette(21)[20] == [0, 64, 128]
@@ -781,7 +781,7 @@ def test_names_and_colours_are_the_published_ones():
     )
 
 
-def test_synthetic_scenes_need_more_than_colour():
+def test_synthetic_scenes_need_more_than_color():
     train, val = Synthetic("train"), Synthetic("val")
     assert all(
         np.array_equal(one, other)
@@ -805,7 +805,7 @@ def test_synthetic_scenes_need_more_than_colour():
     both = np.bincount(label[:, 0] * 8 + guess, minlength=64).reshape(8, 8)
     assert (
         np.diag(both) / (both.sum(0) + both.sum(1) - np.diag(both))
-    ).mean() < 0.4  # of the nearest mean colour
+    ).mean() < 0.4  # of the nearest mean color
     assert Synthetic("val", size=(40, 70)).load(0)[0].shape == (40, 70, 3)
 
 
@@ -875,12 +875,12 @@ def test_wrong_number_of_channels(folder):
 # --------------------------------------------------------------------------------------------------------- validation
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_each_validation_image_counts_once(folder, world, batch_size):
-    source, seen = Data(**folder | {"workers": 1 if world == 2 else 0}), []
-    for rank in range(world):
-        batches = source.val_batches(rank, world, batch_size=batch_size)
+def test_each_validation_image_counts_once(folder, world_size, batch_size):
+    source, seen = Data(**folder | {"workers": 1 if world_size == 2 else 0}), []
+    for rank in range(world_size):
+        batches = source.val_batches(rank, world_size, batch_size=batch_size)
         found = list(batches)
         assert len(found) == len(batches)
         for batch in found:

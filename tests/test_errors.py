@@ -21,9 +21,9 @@ from data import DataError
 from models import ConfigError
 
 
-def failing(run, config: dict, *argv, world: int = 1, env: dict | None = None) -> str:
+def failing(run, config: dict, *argv, world_size: int = 1, env: dict | None = None) -> str:
     """The output of a run that must end with an error of ours, not with a traceback."""
-    process = run(config, *argv, world=world, env=env, expect=None)
+    process = run(config, *argv, world_size=world_size, env=env, expect=None)
     output = process.output()
     assert set(process.wait()) == {1}, output
     assert "error: " in output and "Traceback" not in output, output
@@ -39,8 +39,8 @@ def paths(section: dict, place: tuple = ()) -> list[tuple]:
     ]
 
 
-def test_misspelt_key_anywhere(tiny, tmp_path):
-    """Every key of the config, misspelt in turn: named with its place and the right one."""
+def test_misspelled_key_anywhere(tiny, tmp_path):
+    """Every key of the config, misspelled in turn: named with its place and the right one."""
     for path in paths(tiny):
         if "paramwise" in path:
             continue
@@ -188,7 +188,7 @@ def test_label_value_outside(on_folder, run, tmp_path):
     assert "labels/train/3.png" in output and "7" in output and "0" in output and "2" in output
 
 
-def test_colour_label(on_folder, run, tmp_path):
+def test_color_label(on_folder, run, tmp_path):
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "set/labels/val/0.png")
     assert "labels/val/0.png" in failing(run, on_folder)
 
@@ -212,7 +212,9 @@ def test_truncated_image(on_folder, run, tmp_path, workers):
     ],
 )
 def test_what_does_not_go_together(on_folder, run, option, parts):
-    output = failing(run, on_folder, "--options", option, world=2 if "batch_size" in option else 1)
+    output = failing(
+        run, on_folder, "--options", option, world_size=2 if "batch_size" in option else 1
+    )
     for part in parts:
         assert part in output
 

@@ -63,7 +63,7 @@ def undisturbed(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("number", range(KILLS))
 def test_killed_at_any_moment(tiny, run, undisturbed, number):
     """One or two processes, all or one of them killed: at a random time, or while a checkpoint is being written; resumed until done."""
-    dice, world = random.Random(number), 1 + number % 2
+    dice, world_size = random.Random(number), 1 + number % 2
     tiny["schedule"]["max_iters"], tiny["checkpoint"], tiny["timeout"] = (
         16,
         {"interval": 2, "keep": 2},
@@ -71,16 +71,16 @@ def test_killed_at_any_moment(tiny, run, undisturbed, number):
     )
     tiny["evaluation"]["interval"] = 5
     straight, killed = sibling(tiny, "straight"), sibling(tiny, "killed")
-    straight["work_dir"] = str(undisturbed["folder"] / f"world{world}")
-    if world not in undisturbed:
+    straight["work_dir"] = str(undisturbed["folder"] / f"world_size{world_size}")
+    if world_size not in undisturbed:
         began = time.monotonic()
-        run(straight, world=world)
-        undisturbed[world] = time.monotonic() - began
+        run(straight, world_size=world_size)
+        undisturbed[world_size] = time.monotonic() - began
     folder, kills = Path(killed["work_dir"]), dice.randint(1, 4)
     for _ in range(kills):
-        process = run(killed, "--resume-from", "auto", world=world, started=True)
+        process = run(killed, "--resume-from", "auto", world_size=world_size, started=True)
         if dice.random() < 0.5:
-            time.sleep(dice.uniform(0, undisturbed[world]))
+            time.sleep(dice.uniform(0, undisturbed[world_size]))
         else:
             before = set(folder.glob("iter_*.pth"))
             wait_for(
@@ -96,7 +96,7 @@ def test_killed_at_any_moment(tiny, run, undisturbed, number):
             victim.kill()
         process.wait()
         assert_sound(folder, keep=2)
-    run(killed, "--resume-from", "auto", world=world)
+    run(killed, "--resume-from", "auto", world_size=world_size)
     assert_same_run(straight, killed)
     assert len(train.newest_checkpoints(folder)) == 2 and not list(folder.glob(".*.tmp"))
 
@@ -224,8 +224,8 @@ def test_a_disk_that_can_only_be_read(tiny, run, disk):
 # ------------------------------------------------------------------------------------------------- numbers that go wrong
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, run, tmp_path, world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, run, tmp_path, world_size):
     """A NaN in one image. All processes stop; the message names iteration, positions and files, and its command runs that batch again."""
     from test_errors import folder_of_images
 
@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, run, tmp_path, world):
             bad.with_name(f"{i}.npy"), np.full((48, 64, 3), np.nan if i == 5 else i, np.float32)
         )
     tiny["data"] |= {"ratio_range": [1.0, 1.0], "cat_max_ratio": 1.0}
-    process = run(tiny, "--no-validate", world=world, expect=1)
+    process = run(tiny, "--no-validate", world_size=world_size, expect=1)
     output, source, batch = process.output(), train.Data(**tiny["data"]), tiny["data"]["batch_size"]
     (iteration,) = set(
         map(
@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, run, tmp_path, world):
         r"Iteration \d+ again: (?:python|torchrun --standalone --nproc_per_node=2) train.py (.*)",
         output,
     )[1].split()
-    again = Run(command, Path(tiny["work_dir"]).parent, world)
+    again = Run(command, Path(tiny["work_dir"]).parent, world_size)
     assert set(again.wait()) == {1}
     line = r"the loss of iteration .*"
     assert re.search(line, again.output())[0] == re.search(line, output)[0]
@@ -313,11 +313,11 @@ def test_resume_on_another_number_of_processes(tiny, run):
         tiny["model"][head]["dropout_ratio"] = 0.0
     straight = sibling(tiny, "straight")
     run(straight, "--no-validate")
-    for world in (2, 4):
-        elastic = sibling(tiny, f"elastic{world}")
+    for world_size in (2, 4):
+        elastic = sibling(tiny, f"elastic{world_size}")
         Path(elastic["work_dir"]).mkdir()
         shutil.copy(Path(straight["work_dir"]) / "iter_3.pth", elastic["work_dir"])
-        run(elastic, "--no-validate", "--resume-from", "auto", world=world)
+        run(elastic, "--no-validate", "--resume-from", "auto", world_size=world_size)
         np.testing.assert_allclose(
             [line["loss"] for line in metrics(elastic)],
             [line["loss"] for line in metrics(straight)][3:],
@@ -332,7 +332,7 @@ def test_resume_on_another_number_of_processes(tiny, run):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_the_others_and_is_named(tiny, run, how, victim):
     tiny["schedule"]["max_iters"], tiny["timeout"] = 10000, 4
-    process = run(tiny, "--no-validate", world=2, started=True)
+    process = run(tiny, "--no-validate", world_size=2, started=True)
     wait_for(
         lambda: Path(tiny["work_dir"], "metrics.jsonl").exists() and len(metrics(tiny)) > 2, process
     )
@@ -361,12 +361,12 @@ def test_a_killed_worker_ends_the_run(tiny, run):
     )
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_unused_parameters_are_named_at_the_first_step(tiny, run, world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_unused_parameters_are_named_at_the_first_step(tiny, run, world_size):
     tiny["model"]["decode_head"] = dict(
         tiny["model"]["auxiliary_head"], channels=16
     )  # on the third stage: nobody needs the fourth
-    process = run(tiny, "--no-validate", world=world, expect=int(world > 1))
+    process = run(tiny, "--no-validate", world_size=world_size, expect=int(world_size > 1))
     assert (
         re.search(r"no loss depends on \d+ parameters: backbone\.layer4", process.output())
         and "Traceback" not in process.output()
@@ -518,7 +518,7 @@ def test_whatever_comes_in_is_a_run_or_one_clear_error(tiny, tmp_path, monkeypat
                     ]
                 )
             ran += 1
-        except train.ERRORS as error:
+        except train.UserError as error:
             assert len(str(error)) > 20
             refused += 1
         except BaseException as error:
@@ -557,7 +557,7 @@ def test_long_run(tiny, run):
     )
     growth = []
     for quarter in (1, 2, 3, 4):
-        process = run(tiny, "--resume-from", "auto", world=2, started=True)
+        process = run(tiny, "--resume-from", "auto", world_size=2, started=True)
 
         def done() -> int:
             return (

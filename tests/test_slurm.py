@@ -659,7 +659,7 @@ def test_what_is_asked_for_is_worked_out(asked: str, given: tuple | str):
     if isinstance(given, tuple):
         assert launch_slurm.work_out(*request) == given and rest == []
     else:
-        with pytest.raises(launch_slurm.LaunchError, match=re.escape(given)):
+        with pytest.raises(launch_slurm.UserError, match=re.escape(given)):
             launch_slurm.work_out(*request)
 
 

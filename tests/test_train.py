@@ -96,13 +96,13 @@ def test_batch_split_over_processes_is_one_experiment(tiny, run):
     for head in ("decode_head", "auxiliary_head"):
         tiny["model"][head]["dropout_ratio"] = 0.0
     losses = {}
-    for world in (1, 4, 8):
-        config = sibling(tiny, f"world{world}")
-        run(config, "--no-validate", world=world)
-        losses[world] = [
+    for world_size in (1, 4, 8):
+        config = sibling(tiny, f"world_size{world_size}")
+        run(config, "--no-validate", world_size=world_size)
+        losses[world_size] = [
             (line["decode.loss_ce"], line["aux.loss_ce"], line["loss"]) for line in metrics(config)
         ]
-        assert len(losses[world]) == 5
+        assert len(losses[world_size]) == 5
     np.testing.assert_allclose(losses[4], losses[1], rtol=1e-8)
     np.testing.assert_allclose(losses[8], losses[1], rtol=1e-8)
 
@@ -122,8 +122,8 @@ def test_accumulation_is_the_same_gradient(tiny, run):
     )
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_resumed_run_is_the_uninterrupted_one(tiny, run, world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resumed_run_is_the_uninterrupted_one(tiny, run, world_size):
     """20 iterations equal 10, a stop in the middle of an epoch, and 10 with another number of workers."""
     (
         tiny["schedule"]["max_iters"],
@@ -132,7 +132,7 @@ def test_resumed_run_is_the_uninterrupted_one(tiny, run, world):
     ) = 20, 10, 7
     tiny["data"]["length"] = 13
     straight, resumed = sibling(tiny, "straight"), sibling(tiny, "resumed")
-    run(straight, world=world)
+    run(straight, world_size=world_size)
     Path(resumed["work_dir"]).mkdir()
     for name in (
         "train.log",
@@ -141,7 +141,7 @@ def test_resumed_run_is_the_uninterrupted_one(tiny, run, world):
     ):  # as a kill -9 in iteration 20 leaves them
         shutil.copy(Path(straight["work_dir"]) / name, resumed["work_dir"])
     resumed["data"]["workers"] = 2
-    run(resumed, "--resume-from", "auto", world=world)
+    run(resumed, "--resume-from", "auto", world_size=world_size)
     assert_same_run(straight, resumed)
 
 
@@ -151,10 +151,10 @@ def test_compiled_net(tiny, run):
     for head in ("decode_head", "auxiliary_head"):
         tiny["model"][head]["dropout_ratio"] = 0.0
     plain, compiled = sibling(tiny, "plain"), sibling(tiny, "compiled")
-    run(plain, "--no-validate", world=2)
+    run(plain, "--no-validate", world_size=2)
     compiled["compile"] = True
     for _ in ("straight", "resumed from iteration 3"):
-        run(compiled, "--no-validate", "--resume-from", "auto", world=2)
+        run(compiled, "--no-validate", "--resume-from", "auto", world_size=2)
         ours, theirs = checkpoint(compiled)["state_dict"], checkpoint(plain)["state_dict"]
         assert ours.keys() == theirs.keys()
         for key in ours:
@@ -173,15 +173,15 @@ def test_signal_saves_and_stops(tiny, run):
         tiny["evaluation"]["interval"],
     ) = 30, 1000, 1000
     straight, stopped = sibling(tiny, "straight"), sibling(tiny, "stopped")
-    run(straight, world=2)
-    process = run(stopped, world=2, started=True)
+    run(straight, world_size=2)
+    process = run(stopped, world_size=2, started=True)
     while not (Path(stopped["work_dir"]) / "metrics.jsonl").exists() or len(metrics(stopped)) < 3:
         time.sleep(0.02)
     os.kill(process.processes[1].pid, signal.SIGTERM)  # one rank alone hears it, both stop
     assert process.wait() == [143, 143]
     assert "stopped by a signal after iteration" in process.output()
     assert 3 <= checkpoint(stopped)["iteration"] < 30
-    run(stopped, "--resume-from", "auto", world=2)
+    run(stopped, "--resume-from", "auto", world_size=2)
     assert_same_run(straight, stopped)
 
 
@@ -195,10 +195,10 @@ def test_validation_counts_each_image_once(tiny, run):
         {"mode": "slide", "crop_size": [48, 48], "stride": [32, 32], "batch_size": 3},
     ):
         found = []
-        for world in (1, 2, 3):
-            config = sibling(tiny, f"{mode['mode']}{world}")
+        for world_size in (1, 2, 3):
+            config = sibling(tiny, f"{mode['mode']}{world_size}")
             config["evaluation"] = mode
-            run(config, "--eval-only", "--load-from", weights, world=world)
+            run(config, "--eval-only", "--load-from", weights, world_size=world_size)
             found += metrics(config, "val")
         assert found[0]["confusion"] == found[1]["confusion"] == found[2]["confusion"]
         assert found[0]["mIoU"] == found[2]["mIoU"]
@@ -338,7 +338,7 @@ def test_evaluation_leaves_the_run_as_it_is(tiny, run):
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert before.keys() == after.keys()
     assert all(
-        after[name].startswith(content) if name in train.WorkDir.LOGS else after[name] == content
+        after[name].startswith(content) if name in train.RunDir.LOGS else after[name] == content
         for name, content in before.items()
     )
     (first, second) = metrics(tiny, "val")
@@ -361,7 +361,7 @@ def test_real_images(tiny, run):
         config["model"]["auxiliary_head"]["in_channels"],
     ) = 64, 32
     config["schedule"]["max_iters"], config["log"]["interval"] = 2, 1
-    run(config, world=2)
+    run(config, world_size=2)
     (value,) = metrics(config, "val")
     source = train.Data(**config["data"])
     assert len(source.train) == 367 and len(source.val) == 101
@@ -428,7 +428,7 @@ def test_changing_the_schedule_on_resume_is_said(tiny, run):
 
 def test_scores_by_hand():
     """Three classes, the last absent: IoU 4/7 and 3/6, accuracy 4/5 and 3/5, Dice 8/11 and 6/9."""
-    result = train.scores(torch.tensor([[4, 1, 0], [2, 3, 0], [0, 0, 0]]))
+    result = train.compute_metrics(torch.tensor([[4, 1, 0], [2, 3, 0], [0, 0, 0]]))
     assert result["IoU"] == pytest.approx([4 / 7, 3 / 6, None]) and result["Acc"] == pytest.approx(
         [4 / 5, 3 / 5, None]
     )
@@ -459,7 +459,7 @@ def test_classify_in_chunks_is_argmax_and_cross_entropy(classes, chunk):
 def test_one_logit_for_two_classes_has_a_threshold():
     z = torch.tensor([-1.0, -0.8, 0.1]).view(1, 1, 1, 3)  # sigmoid: 0.27, 0.31, 0.52
     label = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
-    best, loss = train.classify(train.two_classes(z), label, False, threshold=0.3)
+    best, loss = train.classify(torch.cat([torch.zeros_like(z), z], 1), label, False, threshold=0.3)
     assert best.tolist() == [[[0, 1, 1]]]
     assert loss.item() == pytest.approx(
         torch.nn.functional.binary_cross_entropy_with_logits(
