@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,15 @@ import launch_slurm
 import models
 import train
 
-PATHS = [ROOT / "README.md", ROOT / "configs" / "README.md", ROOT / "tests" / "README.md"]
-README, ZOO, TESTS = (path.read_text() for path in PATHS)
+PATHS = [
+    ROOT / "README.md",
+    ROOT / "configs/README.md",
+    ROOT / "tests/README.md",
+]
+README = PATHS[0].read_text()
+ZOO = PATHS[1].read_text()
+TESTS = PATHS[2].read_text()
+each_file = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.parent.name)
 
 
 def code_blocks(text: str, language: str) -> list[str]:
@@ -27,17 +35,21 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 def commands(text: str) -> list[str]:
     """The command lines in blocks and in backticks, with variables filled in."""
-    block = "\n".join(code_blocks(text, "bash")).replace("\\\n", " ")
-    lines = block.splitlines() + re.findall(r"`(python [^`]+)`", text)
+    block = "\n".join(code_blocks(text, "bash"))
+    block = block.replace("\\\n", " ")
     for name, value in re.findall(r"^(\w+)=(\S+)$", block, re.MULTILINE):
-        lines = [line.replace(f"${name}", value) for line in lines]
-    return lines
+        block = block.replace(f"${name}", value)
+    return block.splitlines() + re.findall(r"`(python [^`]+)`", text)
 
 
-def flags(parse_args, capsys) -> set[str]:
+def flags(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]*", text))
+
+
+def flags_of(parse_args: Callable, capsys) -> set[str]:
     with pytest.raises(SystemExit):
         parse_args(["--help"])
-    return set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    return flags(capsys.readouterr().out)
 
 
 # ------------------------------------------------------------------------------------- All three
@@ -47,41 +59,53 @@ def test_length():
     assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.parent.name)
+@each_file
 def test_width(path: Path):
     for line in path.read_text().splitlines():
         # The two commands that do their own set-up are one line each, to be copied as they are.
         assert len(line) <= 100 or line.startswith("python3 -m venv .venv && "), line
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.parent.name)
+@each_file
 def test_paths_exist(path: Path):
     text = path.read_text()
     links = re.findall(r"\]\((?!https:)([^)]+)\)", text)
-    names = re.findall(r"(?<![\w./-])((?:configs|tests|\.ci)/[\w./-]*\w|\w+\.(?:py|sh))\b", text)
-    assert links and names
-    for name in {*links, *names} - {"configs/NAME.json"}:
-        assert (path.parent / name).exists() or (ROOT / name).exists(), name
+    paths = re.findall(r"(?<![\w./-])(?:configs|tests|\.ci)/[\w./-]*\w", text)
+    files = re.findall(r"(?<![\w./-])\w+\.(?:py|sh)\b", text)
+    assert links
+    assert files
+    for name in links + paths + files:
+        exists = (path.parent / name).exists() or (ROOT / name).exists()
+        assert exists or name == "configs/NAME.json", name
 
 
-# python, torchrun, or the set-up of an environment stands before the program and its arguments.
-STARTED = [
-    (program, line)
-    for line in commands(README) + commands(ZOO) + commands(TESTS)
-    for program in ("train.py", "launch_slurm.py")
-    if program in line
-]
+def programs(name: str) -> list[str]:
+    """The command lines that run a program: by python, by torchrun, or after setting up python."""
+    lines = commands(README) + commands(ZOO) + commands(TESTS)
+    return [line for line in lines if name in line]
 
 
-@pytest.mark.parametrize("program,line", STARTED, ids=[line for _, line in STARTED])
-def test_commands_parse(program: str, line: str):
+def arguments(line: str, program: str) -> list[str]:
     words = shlex.split(line, comments=True)
-    argv = words[words.index(program) + 1 :]
-    if program == "launch_slurm.py":
-        _, argv = launch_slurm.parse_args(argv)
+    return words[words.index(program) + 1 :]
+
+
+def check_arguments_of_train(argv: list[str]) -> None:
     config = train.parse_args(argv).config
-    # The README tells the user to write the first; the second stands for any config.
-    assert config in ("mine.json", "configs/NAME.json") or (ROOT / config).is_file()
+    # The README tells the user to write mine.json; NAME stands for any config.
+    placeholders = ("mine.json", "configs/NAME.json")
+    assert config in placeholders or (ROOT / config).is_file()
+
+
+@pytest.mark.parametrize("line", programs("train.py"))
+def test_commands_of_train(line: str):
+    check_arguments_of_train(arguments(line, "train.py"))
+
+
+@pytest.mark.parametrize("line", programs("launch_slurm.py"))
+def test_commands_of_launch_slurm(line: str):
+    _, rest = launch_slurm.parse_args(arguments(line, "launch_slurm.py"))
+    check_arguments_of_train(rest)
 
 
 def test_commands_are_found():
@@ -92,34 +116,51 @@ def test_commands_are_found():
 
 
 def test_flags_exist(capsys):
-    of_train = flags(train.parse_args, capsys)
-    of_slurm = flags(launch_slurm.parse_args, capsys)
-    (table,) = re.findall(r"^\| flag.*?\n\n", README, re.MULTILINE | re.DOTALL)
-    assert set(re.findall(r"--[a-z-]+", table)) - {"---"} <= of_slurm
-    assert set(re.findall(r"`(--[a-z-]+)", README + ZOO)) <= of_train | of_slurm
+    of_train = flags_of(train.parse_args, capsys)
+    of_slurm = flags_of(launch_slurm.parse_args, capsys)
+    table = README.split("| flag ")[1].split("\n\n")[0]
+    assert flags(table) <= of_slurm
+    in_backticks = re.findall(r"`(--[^`]*)`", README + ZOO)
+    assert flags(" ".join(in_backticks)) <= of_train | of_slurm
 
 
 # ---------------------------------------------------------------------------------------- README
 
 
-def test_own_data(tmp_path: Path, run):
-    """The config of the README trains as it is, but for the sizes, on a folder as described."""
+def write_samples(folder: Path, split: str, count: int) -> None:
+    """Random images, and labels of three classes, in the layout that the README describes."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2)):
-        for kind, channels in (("images", (3,)), ("labels", ())):
-            folder = tmp_path / "data" / "mine" / kind / split
-            folder.mkdir(parents=True)
-            for i in range(count):
-                values = rng.integers(0, 3, (32, 64, *channels), np.uint8)
-                Image.fromarray(values).save(folder / f"{i}.png")
+    images = folder / "images" / split
+    labels = folder / "labels" / split
+    images.mkdir(parents=True)
+    labels.mkdir(parents=True)
+    for i in range(count):
+        image = rng.integers(0, 256, (32, 64, 3), np.uint8)
+        label = rng.integers(0, 3, (32, 64), np.uint8)
+        Image.fromarray(image).save(images / f"{i}.png")
+        Image.fromarray(label).save(labels / f"{i}.png")
+
+
+def test_own_data(tmp_path: Path, run):
+    """The config of the README loads as it is, and trains once it is made small."""
+    write_samples(tmp_path / "data/mine", "train", 4)
+    write_samples(tmp_path / "data/mine", "val", 2)
     (text,) = code_blocks(README, "json")
-    (tmp_path / "mine.json").write_text(text)
-    train.load_config(tmp_path / "mine.json")
-    options = ["schedule.max_iters=2", "data.batch_size=2", "data.crop_size=[64, 64]"]
-    options += ["data.workers=0", "evaluation.scale=[128, 64]"]
-    run(json.loads(text), "--options", *options)
-    checkpoint = torch.load(tmp_path / "work_dirs" / "mine" / "latest.pth", weights_only=True)
-    assert checkpoint["iteration"] == 2 and checkpoint["classes"] == ["road", "car", "sky"]
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    train.load_config(path)
+    small = [
+        "schedule.max_iters=2",
+        "data.batch_size=2",
+        "data.crop_size=[64, 64]",
+        "data.workers=0",
+        "evaluation.scale=[128, 64]",
+    ]
+    run(json.loads(text), "--options", *small)
+    latest = tmp_path / "work_dirs/mine/latest.pth"
+    checkpoint = torch.load(latest, weights_only=True)
+    assert checkpoint["iteration"] == 2
+    assert checkpoint["classes"] == ["road", "car", "sky"]
 
 
 def test_every_key_of_the_config_is_explained():
@@ -134,75 +175,102 @@ def test_recipe_of_a_head(monkeypatch):
     monkeypatch.setattr(models, "HEADS", dict(models.HEADS))
     (code,) = code_blocks(README, "python")
     exec(code, dict(vars(models)))
-    head = {"type": "MyHead", "dilation": 2, "in_channels": 512, "channels": 8, "num_classes": 3}
-    model = models.build_model({"backbone": {"type": "ResNet", "depth": 18}, "decode_head": head})
+    head = {
+        "type": "MyHead",
+        "dilation": 2,
+        "in_channels": 512,
+        "channels": 8,
+        "num_classes": 3,
+    }
+    backbone = {"type": "ResNet", "depth": 18}
+    model = models.build_model({"backbone": backbone, "decode_head": head})
+    image = torch.randn(2, 3, 64, 64)
     label = torch.zeros(2, 64, 64, dtype=torch.uint8)
-    loss = sum(model(torch.randn(2, 3, 64, 64), label).values())
-    loss.backward()
-    assert model.decode_head.conv.conv.weight.grad.abs().sum() > 0
+    losses = model(image, label)
+    sum(losses.values()).backward()
+    gradient = model.decode_head.conv.conv.weight.grad
+    assert gradient.abs().sum() > 0
 
 
-def test_recipes_name_what_exists():
+@pytest.mark.parametrize(
+    "place,name",
+    [
+        (models, "Backbone"),
+        (models, "BACKBONES"),
+        (models, "Loss"),
+        (models, "LOSSES"),
+        (models.Loss, "loss_sum"),
+        (models.Loss, "normalizer"),
+        (data, "Folder"),
+        (data, "Synthetic"),
+        (data, "DATASETS"),
+        (data, "TrainSamples"),
+        (data.TrainSamples, "sample"),
+        (data, "photometric_distortion"),
+        (train, "learning_rate"),
+    ],
+)
+def test_recipes_name_what_exists(place: object, name: str):
     recipes = README.split("## Hack it")[1].split("## Slurm")[0]
-    places = [
-        (models, ["Backbone", "BACKBONES", "Loss", "LOSSES"]),
-        (models.Loss, ["loss_sum", "normalizer"]),
-        (data, ["Folder", "Synthetic", "DATASETS", "TrainSamples", "photometric_distortion"]),
-        (data.TrainSamples, ["sample"]),
-        (train, ["learning_rate"]),
-    ]
-    for place, names in places:
-        for name in names:
-            assert name in recipes and hasattr(place, name), name
+    assert name in recipes
+    assert hasattr(place, name)
 
 
 # --------------------------------------------------------------------------------------- The zoo
 
 
+def gflops(model: models.Segmentor, height: int, width: int) -> float:
+    image = torch.zeros(1, 3, height, width)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() / 1e9
+
+
 def test_zoo():
     """A row for every config, with the figures that the config and its network have."""
     rows = re.findall(r"^\| (\w[\w-]*) \| (\d.*) \|$", ZOO, re.MULTILINE)
-    found = dict(rows)
-    assert len(rows) == len(found)
-    assert found.keys() == {path.stem for path in (ROOT / "configs").glob("*.json")}
-    for name, row in found.items():
-        classes, crop, iterations, batch, parameters, gflops, _ = row.split(" | ")
-        config = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+    names = [name for name, _ in rows]
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
+    for name, row in rows:
+        config = json.loads((ROOT / f"configs/{name}.json").read_text())
         height, width = config["data"]["crop_size"]
-        assert crop == f"{height}x{width}", name
-        assert int(iterations.replace("k", "000")) == config["schedule"]["max_iters"], name
-        assert int(batch) == config["data"]["batch_size"], name
         with torch.device("meta"), torch.no_grad():
             model = models.build_model(config["model"]).eval()
-            with FlopCounterMode(display=False) as counter:
-                model(torch.zeros(1, 3, height, width))
-        assert int(classes) == model.num_classes, name
-        assert parameters == f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}", name
-        assert float(gflops) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01), name
+            cost = gflops(model, height, width)
+        parameters = sum(p.numel() for p in model.parameters())
+        cells = row.split(" | ")
+        assert cells[0] == str(model.num_classes), name
+        assert cells[1] == f"{height}x{width}", name
+        assert cells[2].replace("k", "000") == str(config["schedule"]["max_iters"]), name
+        assert cells[3] == str(config["data"]["batch_size"]), name
+        assert cells[4] == f"{parameters / 1e6:.1f}", name
+        assert float(cells[5]) == pytest.approx(cost, rel=0.01), name
 
 
 def test_zoo_names_what_exists():
-    classes = set(re.findall(r"`([A-Z]\w*[a-z]\w*)`", ZOO)) - {"True", "False", "None"}
+    camel_case = set(re.findall(r"`([A-Z]\w*[a-z]\w*)`", ZOO))
+    classes = camel_case - {"True", "False", "None"}
     assert classes == {*models.BACKBONES, *models.HEADS, *models.LOSSES}
     table = ZOO.split("| type | classes |")[1].split("\n\n")[0]
-    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(data.DATASETS)
+    types = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    assert set(types) == set(data.DATASETS)
 
 
 # ------------------------------------------------------------------------------ The measurements
 
 
 def test_benchmark_commands():
-    source = (ROOT / "tests" / "benchmark.py").read_text()
-    lines = [line for line in commands(TESTS) if "benchmark.py" in line]
-    assert len(lines) >= 6
-    for word in shlex.split(" ".join(lines)):
-        if word.startswith("--"):
-            assert f'"{word}"' in source, word
+    source = (ROOT / "tests/benchmark.py").read_text()
+    lines = programs("benchmark.py")
+    assert lines
+    for flag in flags(" ".join(lines)):
+        assert f'"{flag}"' in source, flag
 
 
 def test_variables_are_read():
-    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    files = (ROOT / "tests").glob("*.py")
+    sources = "".join(path.read_text() for path in files)
     names = re.findall(r"^\| `([A-Z_]+)", TESTS, re.MULTILINE)
-    assert len(names) == 4
+    assert names
     for name in names:
         assert f'"{name}"' in sources, name
