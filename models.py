@@ -1,8 +1,14 @@
-"""The nets: blocks, backbones, necks, heads, losses, Segmentor and how a config becomes one.
+"""The networks: blocks, losses, backbones, necks, heads, and how a config becomes a network.
 
-Constructor keywords and submodule names are MMSegmentation's, so that its published checkpoints load as they are. A config section is the
-keyword arguments of the class that its `type` names, looked up in the plain dicts BACKBONES, NECKS, HEADS and LOSSES.
-Shapes: N images, C channels, H and W pixels; `# (N, C, H/8, W/8)` stands beside a tensor.
+The file is in the order of reading: blocks; losses; backbones; necks; heads; Segmentor;
+config -> network; weights from files.
+
+Constructor keywords and submodule names are MMSegmentation's, so that its published checkpoints
+load unchanged. A config section holds the keyword arguments of the class that its `type` names;
+the class is looked up in one of the plain dicts BACKBONES, NECKS, HEADS, LOSSES and SAMPLERS.
+
+Comments beside tensors give their shapes, such as `# (N, C, H/8, W/8)`: N images, C channels, and
+the height H and width W of the image. Lower-case h and w are those of a feature map.
 """
 
 import difflib
@@ -19,44 +25,47 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+import dist_utils
 from dist_utils import UserError
 
-IGNORE = 255  # the label of pixels that no loss and no metric counts; data.py maps every data set's own to it
+# Losses and metrics skip pixels with this label; data.py maps each data set's own value to it.
+IGNORE = 255
 
 
 class ConfigError(UserError):
-    """A config section cannot be built; the message begins with the place of the wrong key."""
+    """A config section is invalid; the message begins with the path of the key at fault."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- Blocks
+# ------------------------------------------------------------------------------------------- Blocks
 def resize(x: Tensor, like: Tensor, align_corners: bool) -> Tensor:
-    """Bilinear, to the height and width of `like`."""
+    """Interpolate `x` bilinearly to the height and width of `like`."""
     if x.shape[2:] == like.shape[2:]:
         return x
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=align_corners)
 
 
-def without_autocast(device: torch.device):
-    return (
-        torch.autocast(device.type, enabled=False)
-        if torch.amp.is_autocast_available(device.type)
-        else nullcontext()
-    )
+def without_autocast(device):
+    """Context without autocast; does nothing on a device that has no autocast, such as meta."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
-def upcast(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def upcast(x):
+    """Convert half precision (float16 or bfloat16) to float32; return other types unchanged."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x
 
 
-def init_kaiming(module: nn.Module) -> None:
-    """He's initialization of every convolution (https://arxiv.org/abs/1502.01852), with the fan-out of a ReLU net."""
+def init_kaiming(module):
+    """He initialization (https://arxiv.org/abs/1502.01852) of every convolution, by its fan-out."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -65,27 +74,34 @@ def init_kaiming(module: nn.Module) -> None:
 
 
 class ConvModule(nn.Sequential):
-    """Convolution, BN, ReLU, under mmcv's names; keeps the size unless `padding` is given. Without a norm the convolution has a bias."""
+    """Convolution, BN and ReLU, under mmcv's names.
+
+    padding: None for as much as keeps the size of the feature map, up to the stride.
+    norm: False for no BN; the convolution then has a bias.
+    act: class of the activation; None for no activation.
+    """
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 1,
+        in_channels,
+        out_channels,
+        kernel_size=1,
         *,
-        stride: int = 1,
-        padding: int | None = None,
-        dilation: int = 1,
-        groups: int = 1,
-        norm: bool = True,
-        act: type[nn.Module] | None = nn.ReLU,
+        stride=1,
+        padding=None,
+        dilation=1,
+        groups=1,
+        norm=True,
+        act=nn.ReLU,
     ):
         super().__init__()
         if min(kernel_size, stride, dilation) < 1:
             raise UserError(
-                f"kernel_size, stride and dilation must be 1 or more; here they are {kernel_size}, {stride} and {dilation}"
+                "kernel_size, stride and dilation must be 1 or more; "
+                f"here they are {kernel_size}, {stride} and {dilation}"
             )
-        padding = kernel_size // 2 * dilation if padding is None else padding
+        if padding is None:
+            padding = kernel_size // 2 * dilation
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=not norm
         )
@@ -97,188 +113,563 @@ class ConvModule(nn.Sequential):
 
 
 class SeparableConvModule(nn.Sequential):
-    """A depthwise and a pointwise convolution, each with BN and ReLU (https://arxiv.org/abs/1610.02357)."""
+    """Depthwise separable 3x3 convolution (https://arxiv.org/abs/1610.02357), with BN and ReLU."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, dilation: int = 1
-    ):
+    def __init__(self, in_channels, out_channels, dilation=1):
         super().__init__()
         self.depthwise_conv = ConvModule(
-            in_channels, in_channels, kernel_size, dilation=dilation, groups=in_channels
+            in_channels, in_channels, 3, dilation=dilation, groups=in_channels
         )
         self.pointwise_conv = ConvModule(in_channels, out_channels)
 
 
-def conv_bn(i: int, o: int, kernel_size: int, stride: int, *after: nn.Module) -> nn.Sequential:
-    """Convolution and BN under the names 0 and 1."""
-    return nn.Sequential(
-        nn.Conv2d(i, o, kernel_size, stride, kernel_size // 2, bias=False),
-        nn.BatchNorm2d(o),
-        *after,
-    )
+def conv_bn(in_channels, out_channels, kernel_size, stride, *after):
+    """Convolution and BN, named 0 and 1, and then the modules `after`."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), *after)
 
 
 @contextmanager
-def frozen_statistics(module: nn.Module):
-    """BN in training mode still normalizes by the batch, but its running statistics stay as they are."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    before = [(m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats]
-    for m, _, count in before:
-        m.momentum, m.num_batches_tracked = 0.0, count.clone()
+def frozen_statistics(module):
+    """Keep BN, which still normalizes by the batch in training, from updating its statistics."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    saved = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+        m.num_batches_tracked = m.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for m, momentum, count in before:
-            m.momentum, m.num_batches_tracked = momentum, count
+        for m, (momentum, num_batches_tracked) in zip(norms, saved):
+            m.momentum = momentum
+            m.num_batches_tracked = num_batches_tracked
 
 
-def run_blocks(blocks: nn.Sequential | nn.ModuleList, x: Tensor, with_cp: bool) -> Tensor:
-    """One block after the other; `with_cp` stores only what enters each, which is computed again in the backward pass
-    (https://arxiv.org/abs/1604.06174)."""
+def run_blocks(blocks, x, with_cp):
+    """Apply the blocks in sequence.
+
+    with_cp: activation checkpointing (https://arxiv.org/abs/1604.06174). Only the input of each
+        block is stored; its other activations are recomputed in the backward pass.
+    """
     for block in blocks:
-        x = checkpointed(block, x) if with_cp and torch.is_grad_enabled() else block(x)
+        if with_cp and torch.is_grad_enabled():
+            x = checkpointed(block, x)
+        else:
+            x = block(x)
     return x
 
 
-def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+def checkpointed(block, x):
+    """Return `block(x)`, with activation checkpointing.
+
+    The recomputation in the backward pass does not update BN's running statistics a second time.
+    """
     return checkpoint(
         block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block))
     )
 
 
 class DropPath(nn.Dropout):
-    """Stochastic depth (https://arxiv.org/abs/1603.09382): drops the whole residual of a sample."""
+    """Stochastic depth (https://arxiv.org/abs/1603.09382): drops the residual branch per sample."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        return x * F.dropout(x.new_ones(len(x), *[1] * (x.dim() - 1)), self.p)
+        ones = x.new_ones(len(x), *[1] * (x.dim() - 1))  # (N, 1, ...)
+        return x * F.dropout(ones, self.p)
 
 
 class Scale(nn.Module):
-    """A learnt factor, 0 at first."""
+    """Multiplies by a learnable scalar, which is initialized to zero."""
 
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x * self.scale
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query . key) value over all pixels: (N, C, ...), (N, C, L), (N, V, L) -> (N, V, ...)."""
-    q, k, v = (
-        x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value)
-    )  # (N, 1 head, L, C)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (N, 1, Lq, V)
+def attend(query, key, value, scale):
+    """Single-head attention between the pixels of feature maps: softmax(scale * Q Kᵀ) V.
+
+    query (N, C, ...), key (N, C, ...) and value (N, V, ...) -> (N, V, ...) with the size of query.
+    """
+    # (N, 1, pixels, channels) each; the second dimension is that of the heads.
+    q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (N, 1, pixels of query, V)
     return out.squeeze(1).transpose(1, 2).reshape(len(query), -1, *query.shape[2:])
 
 
 class SelfAttentionBlock(nn.Module):
-    """Attention of a map's pixels to those of another, as OCR, ANN and DANet use it.
+    """Attention from the pixels of one feature map to those of another, as in OCR, ANN and DANet.
 
-    `pool`: what keys and values pass through. `norm`, `value_norm`: BN and ReLU after the projections of keys and queries, of values and
-    output. `out_channels` None: no output projection, the values keep the map's channels.
+    query_channels, key_channels: channels of the map that attends and of the map attended to.
+    channels: channels of the projected queries, keys and values.
+    out_channels: None for no output projection; the values then keep `key_channels` channels.
+    num_convs: number of 1x1 convolutions that project the queries, and the keys.
+    norm: BN and ReLU after the projections of queries and keys.
+    value_norm: BN and ReLU after the projections of values and output.
+    scale: multiplies the attention logits.
+    share: queries and keys share one projection.
+    pool: applied to the projected keys and values.
     """
 
     def __init__(
         self,
-        query_channels: int,
-        key_channels: int,
-        channels: int,
-        out_channels: int | None,
+        query_channels,
+        key_channels,
+        channels,
+        out_channels,
         *,
-        num_convs: int = 1,
-        norm: bool = True,
-        value_norm: bool = False,
-        scale: float = 1.0,
-        share: bool = False,
-        pool: Callable = nn.Identity(),
+        num_convs=1,
+        norm=True,
+        value_norm=False,
+        scale=1.0,
+        share=False,
+        pool=nn.Identity(),
     ):
         super().__init__()
+        self.scale = scale
+        self.pool = pool
+        self.key_project = self.projection(key_channels, channels, num_convs, norm)
+        if share:
+            self.query_project = self.key_project
+        else:
+            self.query_project = self.projection(query_channels, channels, num_convs, norm)
+        if out_channels is None:
+            self.value_project = self.projection(key_channels, key_channels, 1, value_norm)
+            self.out_project = nn.Identity()
+        else:
+            self.value_project = self.projection(key_channels, channels, 1, value_norm)
+            self.out_project = self.projection(channels, out_channels, 1, value_norm)
+            if not value_norm:
+                nn.init.zeros_(self.out_project.weight)
+                nn.init.zeros_(self.out_project.bias)
 
-        def project(i: int, o: int, count: int, norm: bool) -> nn.Module:
-            convs = [
-                ConvModule(i if k == 0 else o, o) if norm else nn.Conv2d(i if k == 0 else o, o, 1)
-                for k in range(count)
-            ]
-            return nn.Sequential(*convs) if count > 1 else convs[0]
+    @staticmethod
+    def projection(in_channels, out_channels, num_convs, norm):
+        layer = ConvModule if norm else nn.Conv2d
+        convs = []
+        for _ in range(num_convs):
+            convs.append(layer(in_channels, out_channels, 1))
+            in_channels = out_channels
+        # Parameter names as in MMSegmentation, which does not wrap a single convolution.
+        return convs[0] if num_convs == 1 else nn.Sequential(*convs)
 
-        self.scale, self.pool = scale, pool
-        self.key_project = project(key_channels, channels, num_convs, norm)
-        self.query_project = (
-            self.key_project if share else project(query_channels, channels, num_convs, norm)
-        )
-        self.value_project = project(
-            key_channels, channels if out_channels else key_channels, 1, value_norm
-        )
-        self.out_project = (
-            project(channels, out_channels, 1, value_norm) if out_channels else nn.Identity()
-        )
-        if out_channels and not value_norm:
-            nn.init.zeros_(self.out_project.weight)
-            nn.init.zeros_(self.out_project.bias)
-
-    def forward(
-        self, query: Tensor, key: Tensor
-    ) -> Tensor:  # (N, Cq, h, w), (N, Ck, ...) -> (N, out_channels, h, w)
-        k, v = self.pool(self.key_project(key)), self.pool(self.value_project(key))
-        return self.out_project(attend(self.query_project(query), k, v, self.scale))
+    def forward(self, query, key):
+        """(N, query_channels, h, w), (N, key_channels, ...) -> (N, out_channels, h, w)."""
+        keys = self.pool(self.key_project(key))  # (N, channels, ...)
+        values = self.pool(self.value_project(key))  # (N, channels or key_channels, ...)
+        queries = self.query_project(query)  # (N, channels, h, w)
+        return self.out_project(attend(queries, keys, values, self.scale))
 
 
 class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
-    """The mean of each cell of a grid; where only operations that repeat bit for bit are allowed, by two matrices, as CUDA's own gradient does not."""
+    """Adaptive average pooling that supports torch.use_deterministic_algorithms.
 
-    def forward(self, x: Tensor) -> Tensor:
+    PyTorch has no deterministic gradient on CUDA. There, two matrix products do the same.
+    """
+
+    def forward(self, x):
         if (
             self.output_size == 1
-            or not torch.are_deterministic_algorithms_enabled()
             or not x.is_cuda
+            or not torch.are_deterministic_algorithms_enabled()
         ):
             return super().forward(x)
         rows, columns = (self.means(size, x) for size in x.shape[2:])
         return rows @ x @ columns.T  # (N, C, output_size, output_size)
 
-    def means(self, size: int, like: Tensor) -> Tensor:
-        """(output_size, size): row i is the mean of the pixels from floor(i * size / output_size) to ceil((i + 1) * size / output_size)."""
-        i, pixel = (
-            torch.arange(self.output_size, device=like.device)[:, None],
-            torch.arange(size, device=like.device),
-        )
-        within = (pixel >= i * size // self.output_size) & (
-            pixel < -(-(i + 1) * size // self.output_size)
-        )
+    def means(self, size, like):
+        """Matrix (output_size, size) whose row i averages the pixels of cell i.
+
+        Cell i extends from floor(i * size / output_size) to ceil((i + 1) * size / output_size).
+        """
+        i = torch.arange(self.output_size, device=like.device)[:, None]
+        pixel = torch.arange(size, device=like.device)
+        start = i * size // self.output_size
+        end = -(-(i + 1) * size // self.output_size)
+        within = (pixel >= start) & (pixel < end)
         return (within.double() / within.sum(1, keepdim=True)).to(like.dtype)
 
 
 class PPM(nn.ModuleList):
-    """PSPNet's pyramid: the map pooled to each of `pool_scales` squared, projected and brought back to its size."""
+    """Pyramid pooling module (https://arxiv.org/abs/1612.01105).
 
-    def __init__(
-        self, pool_scales: list[int], in_channels: int, channels: int, align_corners: bool
-    ):
+    For each s in `pool_scales`: pool the map to s x s, project it to `channels`, resize it back.
+    """
+
+    def __init__(self, pool_scales, in_channels, channels, align_corners):
         super().__init__(
-            nn.Sequential(AdaptiveAvgPool(s), ConvModule(in_channels, channels))
-            for s in pool_scales
+            nn.Sequential(AdaptiveAvgPool(scale), ConvModule(in_channels, channels))
+            for scale in pool_scales
         )
         self.align_corners = align_corners
 
-    def forward(
-        self, x: Tensor
-    ) -> Tensor:  # (N, C, h, w) -> (N, C + len(pool_scales) * channels, h, w)
-        return torch.cat([x, *(resize(pool(x), x, self.align_corners) for pool in self)], 1)
+    def forward(self, x):
+        """(N, C, h, w) -> (N, C + len(pool_scales) * channels, h, w): the map, then the pooled."""
+        pooled = [resize(pool(x), x, self.align_corners) for pool in self]
+        return torch.cat([x, *pooled], 1)
 
 
-# --------------------------------------------------- Backbones: image (N, C, H, W) -> list of feature maps, finest first
-class Backbone(nn.Module):
-    """What all backbones share. `out_indices`: the stages whose maps are given out. `with_cp`: activation checkpointing of each block."""
+# ---------------------- Losses: logits (N, C, h, w) of any resolution and label (N, H, W) -> scalar
+CHUNK = 2**25  # full-resolution logits in memory at a time: 128 MiB in float32
 
-    torchvision_name = None  # of the same net in torchvision.models, whose weights load
+
+def images_per_chunk(logits, label):
+    """How many images may have their full-resolution logits in memory at a time."""
+    return max(1, CHUNK // (logits.shape[1] * label[0].numel()))
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of `loss_sum(logits, label, weight)` over the batch, `chunk_size` images at a time.
+
+    The gradient is computed in the forward pass. Full-resolution logits, their softmax and their
+    gradient thus never exist for the whole batch, and nothing is computed twice: all that is kept
+    for the backward pass is the gradient with respect to the low-resolution logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, label, weight, loss_sum, align_corners, chunk_size):
+        needs_grad = ctx.needs_input_grad[0]
+        losses = []
+        gradients = []
+        with without_autocast(logits.device), torch.set_grad_enabled(needs_grad):
+            for start in range(0, len(logits), chunk_size):
+                chunk = slice(start, start + chunk_size)
+                x = upcast(logits[chunk].detach()).requires_grad_(needs_grad)  # (n, C, h, w)
+                y = label[chunk]  # (n, H, W)
+                w = None if weight is None else weight[chunk]
+                loss = loss_sum(resize(x, y.unsqueeze(1), align_corners), y.long(), w)
+                losses.append(loss.detach())
+                if needs_grad:
+                    gradients.append(torch.autograd.grad(loss, x)[0])
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(torch.cat(gradients) if needs_grad else None)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output).to(ctx.dtype), None, None, None, None, None
+
+
+def one_hot(label, channels):
+    """(n, H, W) -> (n, channels, H, W) bool, False where ignored. A single channel is class 1."""
+    first_class = 1 if channels == 1 else 0
+    classes = torch.arange(first_class, first_class + channels, device=label.device)
+    return label.unsqueeze(1) == classes.view(1, -1, 1, 1)
+
+
+class Loss(nn.Module):
+    """Base class of the losses: loss_weight * (sum of `loss_sum` over all images) / `normalizer`.
+
+    class_weight: one factor per channel.
+    loss_name: name in the log; losses of one head that share a name are added up.
+    """
+
+    NAME = "loss"
+    whole_batch = False  # True if `loss_sum` cannot be computed image by image
 
     def __init__(
         self,
-        stages: int,
+        *,
+        loss_weight: float = 1.0,
+        class_weight: list[float] | None = None,
+        loss_name: str | None = None,
+    ):
+        super().__init__()
+        self.loss_weight = loss_weight
+        self.loss_name = loss_name or self.NAME
+        if class_weight is not None:
+            class_weight = torch.tensor(class_weight, dtype=torch.float64)
+        self.register_buffer("class_weight", class_weight, persistent=False)
+
+    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+        """Sum of the loss over some images.
+
+        logits: (n, C, H, W), at the resolution of the label.
+        label: (n, H, W), int64.
+        weight: (n, H, W), the sampler's weight of each pixel; None without a sampler.
+        """
+        raise NotImplementedError
+
+    def normalizer(self, logits, label):
+        return label.numel() * logits.shape[1]
+
+    def forward(
+        self,
+        logits: Tensor,
+        label: Tensor,
+        align_corners: bool = False,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        channels = logits.shape[1]
+        if self.class_weight is not None and len(self.class_weight) != channels:
+            raise UserError(
+                f"class_weight has {len(self.class_weight)} values, but the head has {channels} "
+                "output channels"
+            )
+        chunk_size = len(label) if self.whole_batch else images_per_chunk(logits, label)
+        total = ChunkedLoss.apply(logits, label, weight, self.loss_sum, align_corners, chunk_size)
+        return self.loss_weight * total / self.normalizer(logits, label)
+
+
+class CrossEntropyLoss(Loss):
+    """Cross entropy, averaged over all pixels, ignored ones included, as in MMSegmentation.
+
+    With `class_weight`, it is a weighted average, in which an ignored pixel counts 1.
+
+    use_sigmoid: binary cross entropy of each channel instead of a softmax over the channels.
+    avg_non_ignore: average over the valid pixels of all processes instead.
+    """
+
+    NAME = "loss_ce"
+
+    def __init__(self, *, use_sigmoid: bool = False, avg_non_ignore: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.use_sigmoid = use_sigmoid
+        self.avg_non_ignore = avg_non_ignore
+
+    def loss_sum(self, logits, label, weight):
+        factors = None if self.class_weight is None else self.class_weight.to(logits.dtype)
+        if self.use_sigmoid:
+            target = one_hot(label, logits.shape[1]).to(logits.dtype)
+            if factors is not None:
+                factors = factors.view(-1, 1, 1)
+            entries = F.binary_cross_entropy_with_logits(
+                logits, target, pos_weight=factors, reduction="none"
+            )  # (n, C, H, W)
+            pixels = entries.sum(1) * (label != IGNORE)  # (n, H, W)
+        else:
+            pixels = F.cross_entropy(
+                logits, label, factors, ignore_index=IGNORE, reduction="none"
+            )  # (n, H, W)
+        if weight is not None:
+            pixels = pixels * weight
+        return pixels.sum()
+
+    def normalizer(self, logits, label):
+        weighted = self.class_weight is not None and not self.use_sigmoid
+        entries = logits.shape[1] if self.use_sigmoid else 1  # per pixel
+        if not weighted and not self.avg_non_ignore:
+            return label.numel() * entries
+        counts = label != IGNORE
+        if weighted:
+            last_class = len(self.class_weight) - 1
+            factors = self.class_weight[label.long().clamp(max=last_class)]
+            counts = torch.where(counts, factors, 0.0 if self.avg_non_ignore else 1.0)
+        count = counts.sum().to(upcast(logits).dtype) * entries
+        if self.training and not count.is_meta:
+            # DDP averages the gradients of all processes. Dividing by the mean count makes 4
+            # processes with 2 images each equal to one process with 8 images.
+            count = dist_utils.all_reduce(count) / dist_utils.world_size()
+        return count.clamp(min=1e-6)
+
+
+class DiceLoss(Loss):
+    """Dice loss of each image over all of its classes (https://arxiv.org/abs/1606.04797).
+
+    use_sigmoid: a sigmoid of each channel instead of a softmax over the channels.
+    """
+
+    NAME = "loss_dice"
+    FIXED = {"activate": [True], "naive_dice": [False]}
+
+    def __init__(self, *, use_sigmoid: bool = True, eps: float = 1e-3, **kwargs):
+        super().__init__(**kwargs)
+        self.use_sigmoid = use_sigmoid
+        self.eps = eps
+
+    def loss_sum(self, logits, label, weight):
+        if self.use_sigmoid or logits.shape[1] == 1:
+            probability = logits.sigmoid()
+        else:
+            probability = logits.softmax(1)
+        counted = label != IGNORE
+        if weight is not None:
+            counted = weight * counted
+        counted = counted.unsqueeze(1)  # (n, 1, H, W)
+        p = (probability * counted).flatten(1)  # (n, C*H*W)
+        t = (one_hot(label, logits.shape[1]) * counted).flatten(1).to(logits.dtype)
+        dice = 2 * (p * t).sum(1) / ((p * p).sum(1) + (t * t).sum(1) + 2 * self.eps)
+        return (1 - dice).sum()
+
+    def normalizer(self, logits, label):
+        return len(label)
+
+
+class FocalLoss(Loss):
+    """Sigmoid focal loss, averaged over pixels and classes (https://arxiv.org/abs/1708.02002).
+
+    alpha: weight of the positive class, one for all classes or a list with one per class.
+    """
+
+    NAME = "loss_focal"
+    FIXED = {"use_sigmoid": [True]}
+
+    def __init__(self, *, gamma: float = 2.0, alpha: float | list[float] = 0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.gamma = gamma
+        alpha = torch.tensor(alpha, dtype=torch.float64).view(-1, 1, 1)
+        self.register_buffer("alpha", alpha, persistent=False)
+
+    def loss_sum(self, logits, label, weight):
+        target = one_hot(label, logits.shape[1]).to(logits.dtype)
+        alpha = self.alpha.to(logits.dtype)
+        factors = alpha * target + (1 - alpha) * (1 - target)
+        if self.class_weight is not None:
+            factors = factors * self.class_weight.to(logits.dtype).view(-1, 1, 1)
+        error = (logits.sigmoid() - target).abs()  # 1 - p_t in the paper
+        entries = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        entries = entries * error**self.gamma * factors  # (n, C, H, W)
+        pixels = entries.sum(1) * (label != IGNORE)  # (n, H, W)
+        if weight is not None:
+            pixels = pixels * weight
+        return pixels.sum()
+
+
+def lovasz_extension(errors, truth):
+    """Lovász extension of 1 - IoU; errors and truth (0 or 1) of the pixels, both (P,) -> scalar."""
+    errors, order = errors.sort(descending=True)
+    truth = truth[order].to(errors.dtype)
+    jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
+    return errors.relu() @ jaccard.diff(prepend=jaccard.new_zeros(1))
+
+
+class LovaszLoss(Loss):
+    """Lovász-Softmax or Lovász hinge loss (https://arxiv.org/abs/1705.08790).
+
+    loss_type: "multi_class" is Lovász-Softmax, "binary" is the hinge loss of a single channel.
+    classes: which classes are averaged: those "present" in the label, "all", or a list.
+    per_image: average the losses of the images instead of computing one loss of the batch.
+    """
+
+    NAME = "loss_lovasz"
+    FIXED = {"reduction": ["none", "mean"]}
+
+    def __init__(
+        self,
+        *,
+        loss_type: str = "multi_class",
+        classes: str | list[int] = "present",
+        per_image: bool = False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if loss_type not in ("multi_class", "binary"):
+            raise UserError(f'loss_type is {loss_type!r}; it can be "multi_class" or "binary"')
+        if isinstance(classes, str) and classes not in ("present", "all"):
+            raise UserError(
+                f'classes is {classes!r}; it can be "present", "all" or a list of class indices'
+            )
+        self.binary = loss_type == "binary"
+        self.classes = classes
+        self.whole_batch = not per_image
+
+    def loss_sum(self, logits, label, weight):
+        # Ignored pixels get error 0; masking keeps shapes static, so the GPU does not sync.
+        valid = label != IGNORE
+        if weight is not None:
+            valid = valid & (weight > 0)
+        loss = self.lovasz_hinge if self.binary else self.lovasz_softmax
+        if self.whole_batch:
+            return loss(logits, label, valid)
+        return torch.stack([loss(*image) for image in zip(logits, label, valid)]).sum()
+
+    def lovasz_hinge(self, logits, label, valid):
+        """Logits (..., 1, H, W), label and valid (..., H, W) -> scalar."""
+        valid = valid.flatten()
+        truth = (label == 1).flatten()
+        errors = (1 - logits.flatten() * (2.0 * truth - 1)) * valid
+        return lovasz_extension(errors, truth & valid)
+
+    def lovasz_softmax(self, logits, label, valid):
+        """Logits (..., C, H, W), label and valid (..., H, W) -> scalar."""
+        probability = logits.softmax(-3)
+        classes = range(logits.shape[-3]) if isinstance(self.classes, str) else self.classes
+        losses = []
+        present = []
+        for c in classes:
+            truth = ((label == c) & valid).flatten()
+            errors = (truth.to(logits.dtype) - probability.select(-3, c).flatten()).abs()
+            loss = lovasz_extension(errors * valid.flatten(), truth)
+            if self.class_weight is not None:
+                loss = loss * self.class_weight[c].to(loss.dtype)
+            losses.append(loss)
+            present.append(truth.any())
+        counted = torch.stack(present).to(logits.dtype)
+        if self.classes != "present":
+            counted = torch.ones_like(counted)
+        return (torch.stack(losses) * counted).sum() / counted.sum().clamp(min=1)
+
+    def normalizer(self, logits, label):
+        return 1 if self.whole_batch else len(label)
+
+
+class OHEMPixelSampler:
+    """Online hard example mining: weight 1 for hard pixels, 0 for all others.
+
+    The lower the predicted probability of its true class, the harder a pixel is
+    (https://arxiv.org/abs/1604.03540).
+
+    thresh: keep the pixels with a probability below it; None keeps the `min_kept` hardest ones.
+    min_kept: keep at least this many, per image on average over the batch.
+    """
+
+    def __init__(self, *, thresh: float | None = None, min_kept: int = 100000):
+        if min_kept < 1:
+            raise UserError(f"min_kept is {min_kept}; it must be 1 or more")
+        self.thresh = thresh
+        self.min_kept = min_kept
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor, label: Tensor, align_corners: bool) -> Tensor:
+        """logits (N, C, h, w), label (N, H, W) -> the pixels' weights (N, H, W)."""
+        chunk_size = images_per_chunk(logits, label)
+        last_class = logits.shape[1] - 1
+        chunks = []
+        for x, y in zip(logits.split(chunk_size), label.split(chunk_size)):
+            x = resize(upcast(x), y.unsqueeze(1), align_corners).softmax(1)  # (n, C, H, W)
+            true_class = y.long().clamp(max=last_class).unsqueeze(1)
+            chunks.append(x.gather(1, true_class).squeeze(1))
+        probability = torch.cat(chunks)  # (N, H, W)
+        valid = label != IGNORE
+        probability[~valid] = 2  # sorts ignored pixels behind all valid ones
+
+        # `take` rather than an index, for which the host would wait for the GPU.
+        ordered = probability.flatten().sort().values
+        last_valid = valid.sum() - 1
+        min_kept = self.min_kept * len(label)
+        if self.thresh is None:
+            kept = probability <= ordered.take(last_valid.clamp(0, min_kept - 1))
+        else:
+            thresh = ordered.take(last_valid.clamp(0, min_kept)).clamp(min=self.thresh)
+            kept = probability < thresh
+        return (valid & kept).to(probability.dtype)
+
+
+LOSSES = {c.__name__: c for c in (CrossEntropyLoss, DiceLoss, FocalLoss, LovaszLoss)}
+SAMPLERS = {"OHEMPixelSampler": OHEMPixelSampler}
+
+
+# ---------------------------------------------------------------------------------------- Backbones
+class Backbone(nn.Module):
+    """Base class: image (N, C, H, W) -> list of feature maps, from fine to coarse.
+
+    num_stages: positional, so that it is not a config key.
+    out_indices: the stages whose feature maps are returned.
+    with_cp: activation checkpointing of each block.
+    """
+
+    # Name of the same network in torchvision.models, if there is one, whose weights can be loaded.
+    torchvision_name = None
+
+    def __init__(
+        self,
+        num_stages: int,
         /,
         *,
         in_channels: int = 3,
@@ -286,101 +677,117 @@ class Backbone(nn.Module):
         with_cp: bool = False,
     ):
         super().__init__()
-        if not out_indices or not all(0 <= i < stages for i in out_indices):
+        if not out_indices or not all(0 <= i < num_stages for i in out_indices):
             raise UserError(
-                f"out_indices is {list(out_indices)}; it names stages, from 0 to {stages - 1}"
+                f"out_indices is {list(out_indices)}; it lists stages, from 0 to {num_stages - 1}"
             )
-        self.in_channels, self.out_indices, self.with_cp = in_channels, out_indices, with_cp
+        self.num_stages = num_stages
+        self.in_channels = in_channels
+        self.out_indices = out_indices
+        self.with_cp = with_cp
+
+    def run_layers(self, x):
+        """Apply the stages layer1, layer2, ... in turn -> the feature maps of `out_indices`."""
+        outs = []
+        for i in range(self.num_stages):
+            x = run_blocks(getattr(self, f"layer{i + 1}"), x, self.with_cp)
+            outs.append(x)
+        return [outs[i] for i in self.out_indices]
 
     def from_torchvision(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of torchvision's net under the names of this one."""
+        """Rename the weights of torchvision's network to the names used here."""
         return state
 
 
-class ResidualBlock(nn.Module):
-    """Convolutions with BN beside a shortcut (https://arxiv.org/abs/1512.03385), under torchvision's names."""
+def conv3x3(in_channels, out_channels, stride=1, dilation=1, groups=1):
+    return nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, groups, bias=False)
 
-    def __init__(self, inplanes: int, stride: int, *convs: tuple):
+
+def make_downsample(inplanes, outplanes, stride):
+    """1x1 convolution for the shortcut of a block that changes the size or number of channels."""
+    if stride == 1 and inplanes == outplanes:
+        return None
+    return conv_bn(inplanes, outplanes, 1, stride)
+
+
+class BasicBlock(nn.Module):
+    """Residual block of two 3x3 convolutions, the first with the stride and the dilation."""
+
+    expansion = 1
+
+    def __init__(self, inplanes, planes, stride, dilation):
         super().__init__()
-        self.count, outplanes = len(convs), convs[-1][1]
-        for i, (channels, out_channels, kernel_size, stride_, dilation, groups) in enumerate(
-            convs, 1
-        ):
-            if min(stride_, dilation) < 1:
-                raise UserError(
-                    f"strides and dilations must be 1 or more; here is a block with {stride_} and {dilation}"
-                )
-            conv = nn.Conv2d(
-                channels,
-                out_channels,
-                kernel_size,
-                stride_,
-                kernel_size // 2 * dilation,
-                dilation,
-                groups,
-                bias=False,
-            )
-            self.add_module(f"conv{i}", conv)
-            self.add_module(f"bn{i}", nn.BatchNorm2d(out_channels))
-        self.downsample = (
-            conv_bn(inplanes, outplanes, 1, stride)
-            if stride != 1 or inplanes != outplanes
-            else None
-        )
+        self.conv1 = conv3x3(inplanes, planes, stride, dilation)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = make_downsample(inplanes, planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for i in range(1, self.count + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            y = F.relu(y, inplace=True) if i < self.count else y
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
         y += x if self.downsample is None else self.downsample(x)
         return F.relu(y, inplace=True)
 
 
-class BasicBlock(ResidualBlock):
-    """Two 3x3 convolutions, of which the first has the stride and the dilation."""
-
-    expansion = 1
-
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, dilation: int = 1):
-        super().__init__(
-            inplanes,
-            stride,
-            (inplanes, planes, 3, stride, dilation, 1),
-            (planes, planes, 3, 1, 1, 1),
-        )
-
-
-class Bottleneck(ResidualBlock):
-    """1x1, 3x3 with stride, dilation and groups, and 1x1 to four times the channels."""
+class Bottleneck(nn.Module):
+    """Residual block of 1x1, 3x3 (with stride, dilation and groups) and 1x1 convolutions."""
 
     expansion = 4
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        base_width: int = 64,
-    ):
-        width = planes * base_width // 64 * groups
-        super().__init__(
-            inplanes,
-            stride,
-            (inplanes, width, 1, 1, 1, 1),
-            (width, width, 3, stride, dilation, groups),
-            (width, 4 * planes, 1, 1, 1, 1),
-        )
+    def __init__(self, inplanes, planes, stride, dilation, groups=1, base_width=64):
+        super().__init__()
+        width = planes
+        if groups > 1:
+            width = planes * base_width // 64 * groups
+        outplanes = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride, dilation, groups)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outplanes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outplanes)
+        self.downsample = make_downsample(inplanes, outplanes, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        y += x if self.downsample is None else self.downsample(x)
+        return F.relu(y, inplace=True)
+
+
+def make_layer(block, inplanes, planes, stride, dilations, **block_options):
+    """A stage: one residual block for each of `dilations`, the first of them with `stride`."""
+    blocks = []
+    for dilation in dilations:
+        blocks.append(block(inplanes, planes, stride, dilation, **block_options))
+        inplanes = planes * block.expansion
+        stride = 1
+    return nn.Sequential(*blocks)
+
+
+def make_deep_stem(in_channels, stem_channels):
+    """Three 3x3 convolutions, the first with stride 2."""
+    half = stem_channels // 2
+    return nn.Sequential(
+        *conv_bn(in_channels, half, 3, 2, nn.ReLU(inplace=True)),
+        *conv_bn(half, half, 3, 1, nn.ReLU(inplace=True)),
+        *conv_bn(half, stem_channels, 3, 1, nn.ReLU(inplace=True)),
+    )
 
 
 class ResNet(Backbone):
-    """Deep Residual Learning (https://arxiv.org/abs/1512.03385), dilated as DeepLab's (https://arxiv.org/abs/1706.05587).
+    """Deep Residual Learning (https://arxiv.org/abs/1512.03385), under torchvision's names.
 
-    `strides` and `dilations` of the stages: (1, 2, 1, 1) and (1, 1, 2, 4) give an output stride of 8. `contract_dilation`: the first block
-    of a dilated stage has half the dilation. `multi_grid`: dilations of the last stage's blocks instead. `deep_stem`: three 3x3
-    convolutions instead of the 7x7.
+    block_options: further arguments of the blocks, for subclasses; positional, so that it is not a
+        config key.
+    strides, dilations: one for each stage. Strides (1, 2, 1, 1) with dilations (1, 1, 2, 4) give
+        an output stride of 8, as in DeepLab (https://arxiv.org/abs/1706.05587).
+    contract_dilation: halve the dilation of the first block of each dilated stage.
+    multi_grid: dilations of the last stage's blocks, instead of its value in `dilations`.
+    deep_stem: three 3x3 convolutions instead of the 7x7 convolution.
+    zero_init_residual: zero the weight of each block's last BN, so that it starts as the identity.
     """
 
     LAYERS = {
@@ -391,10 +798,11 @@ class ResNet(Backbone):
         152: (Bottleneck, [3, 8, 36, 3]),
     }
     FIXED = {"avg_down": [False], "stage_with_dcn": [[False] * 4]}
-    block_options: dict = {}
 
     def __init__(
         self,
+        block_options: dict = {},
+        /,
         *,
         depth: int,
         stem_channels: int = 64,
@@ -411,84 +819,84 @@ class ResNet(Backbone):
         super().__init__(num_stages, **kwargs)
         if depth not in self.LAYERS:
             raise UserError(f"depth is {depth}; it can be {sorted(self.LAYERS)}")
-        if not len(strides) == len(dilations) == num_stages <= 4:
+        if num_stages > 4 or not len(strides) == len(dilations) == num_stages:
             raise UserError(
-                f"num_stages is {num_stages}; it can be 4 at most, and strides and dilations need as many values"
+                f"num_stages is {num_stages}; it can be 4 at most, and strides and dilations need "
+                "as many values"
             )
+        block, num_blocks = self.LAYERS[depth]
+        if multi_grid and len(multi_grid) < num_blocks[num_stages - 1]:
+            raise UserError(
+                f"multi_grid has {len(multi_grid)} values, but the last stage has "
+                f"{num_blocks[num_stages - 1]} blocks"
+            )
+        if min([*strides, *dilations, *(multi_grid or [])]) < 1:
+            raise UserError("strides, dilations and multi_grid must be 1 or more")
         self.torchvision_name = f"resnet{depth}"
-        block, counts = self.LAYERS[depth]
-        if multi_grid and len(multi_grid) < counts[num_stages - 1]:
-            raise UserError(
-                f"multi_grid has {len(multi_grid)} values, the last stage {counts[num_stages - 1]} blocks"
-            )
+        self.deep_stem = deep_stem
         if deep_stem:
-            half = stem_channels // 2
-            convs = [(self.in_channels, half, 2), (half, half, 1), (half, stem_channels, 1)]
-            self.stem = nn.Sequential(
-                *[
-                    m
-                    for i, o, stride in convs
-                    for m in conv_bn(i, o, 3, stride, nn.ReLU(inplace=True))
-                ]
-            )
+            self.stem = make_deep_stem(self.in_channels, stem_channels)
         else:
             self.conv1 = nn.Conv2d(self.in_channels, stem_channels, 7, 2, 3, bias=False)
             self.bn1 = nn.BatchNorm2d(stem_channels)
-        self.stages, inplanes = [f"layer{i + 1}" for i in range(num_stages)], stem_channels
-        for i, (name, count, stride, dilation) in enumerate(
-            zip(self.stages, counts, strides, dilations)
-        ):
-            grid = [dilation // 2 if contract_dilation and dilation > 1 else dilation] + [
-                dilation
-            ] * (count - 1)
+        inplanes = stem_channels
+        for i in range(num_stages):
+            block_dilations = [dilations[i]] * num_blocks[i]
+            if contract_dilation and dilations[i] > 1:
+                block_dilations[0] = dilations[i] // 2
             if multi_grid and i == num_stages - 1:
-                grid = multi_grid
-            planes, blocks = base_channels * 2**i, []
-            for j in range(count):
-                blocks.append(
-                    block(inplanes, planes, stride if j == 0 else 1, grid[j], **self.block_options)
-                )
-                inplanes = planes * block.expansion
-            self.add_module(name, nn.Sequential(*blocks))
+                block_dilations = multi_grid[: num_blocks[i]]
+            planes = base_channels * 2**i
+            layer = make_layer(
+                block, inplanes, planes, strides[i], block_dilations, **block_options
+            )
+            self.add_module(f"layer{i + 1}", layer)
+            inplanes = planes * block.expansion
         init_kaiming(self)
-        for m in self.modules() if zero_init_residual else ():  # each block starts as the identity
-            if isinstance(m, block):
-                nn.init.zeros_(m.bn2.weight if block is BasicBlock else m.bn3.weight)
+        if zero_init_residual:
+            for m in self.modules():
+                if isinstance(m, BasicBlock):
+                    nn.init.zeros_(m.bn2.weight)
+                elif isinstance(m, Bottleneck):
+                    nn.init.zeros_(m.bn3.weight)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        x = (
-            self.stem(image)
-            if hasattr(self, "stem")
-            else F.relu(self.bn1(self.conv1(image)), inplace=True)
-        )  # (N, 64, H/2, W/2)
-        x, outs = F.max_pool2d(x, 3, 2, 1), []  # (N, 64, H/4, W/4)
-        for name in self.stages:
-            x = run_blocks(getattr(self, name), x, self.with_cp)
-            outs.append(x)  # (N, 64 * 2**i * expansion, H/stride, W/stride)
-        return [outs[i] for i in self.out_indices]
+    def forward(self, image):
+        if self.deep_stem:
+            x = self.stem(image)  # (N, stem_channels, H/2, W/2)
+        else:
+            x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, stem_channels, H/2, W/2)
+        x = F.max_pool2d(x, 3, 2, 1)  # (N, stem_channels, H/4, W/4)
+        return self.run_layers(x)  # (N, base_channels * 2**i * expansion, h, w)
 
 
 class ResNetV1c(ResNet):
-    """ResNet with a deep stem (https://arxiv.org/abs/1812.01187), the usual one for segmentation."""
+    """ResNet with a deep stem (https://arxiv.org/abs/1812.01187), common in segmentation."""
 
     def __init__(self, *, deep_stem: bool = True, **kwargs):
         super().__init__(deep_stem=deep_stem, **kwargs)
 
 
 class ResNeXt(ResNet):
-    """Aggregated residual transformations (https://arxiv.org/abs/1611.05431): grouped 3x3 convolutions, e.g. 32 groups of width 4."""
+    """Aggregated Residual Transformations (https://arxiv.org/abs/1611.05431).
+
+    groups, base_width: of the 3x3 convolutions; ResNeXt-50 32x4d has 32 groups of width 4. With
+        one group, the network is a ResNet.
+    """
 
     LAYERS = {depth: layers for depth, layers in ResNet.LAYERS.items() if layers[0] is Bottleneck}
 
     def __init__(self, *, groups: int = 1, base_width: int = 4, **kwargs):
-        self.block_options = {"groups": groups, "base_width": base_width} if groups > 1 else {}
-        super().__init__(**kwargs)
+        super().__init__({"groups": groups, "base_width": base_width}, **kwargs)
         self.torchvision_name = f"resnext{kwargs['depth']}_{groups}x{base_width}d"
 
 
 @dataclass
 class HRStage:
-    """A stage of HRNet: `num_modules` modules of `num_branches` branches with `num_blocks` blocks of `num_channels` each."""
+    """Description of one stage of HRNet, a section of its `extra`.
+
+    block: BASIC or BOTTLENECK.
+    num_blocks, num_channels: one for each branch.
+    """
 
     num_modules: int
     num_branches: int
@@ -497,98 +905,114 @@ class HRStage:
     num_channels: list[int]
 
     def __post_init__(self):
-        if self.block not in ("BASIC", "BOTTLENECK") or not self.num_branches == len(
-            self.num_blocks
-        ) == len(self.num_channels):
+        if self.block not in ("BASIC", "BOTTLENECK"):
+            raise UserError(f"block is BASIC or BOTTLENECK, not {self.block!r}")
+        if not self.num_branches == len(self.num_blocks) == len(self.num_channels):
             raise UserError(
-                "block is BASIC or BOTTLENECK; num_blocks and num_channels need one value a branch"
+                f"num_branches is {self.num_branches}; num_blocks and num_channels need "
+                "as many values"
             )
-        self.block = BasicBlock if self.block == "BASIC" else Bottleneck
-        self.channels = [c * self.block.expansion for c in self.num_channels]
+        self.block_type = BasicBlock if self.block == "BASIC" else Bottleneck
+        self.channels = [c * self.block_type.expansion for c in self.num_channels]
 
-    def branches(self, in_channels: list[int]) -> list[nn.Sequential]:
+    def make_branches(self, in_channels):
         return [
-            nn.Sequential(
-                *[self.block(i if k == 0 else c * self.block.expansion, c) for k in range(n)]
-            )
-            for i, c, n in zip(in_channels, self.num_channels, self.num_blocks)
+            make_layer(self.block_type, inplanes, planes, 1, [1] * num_blocks)
+            for inplanes, planes, num_blocks in zip(in_channels, self.num_channels, self.num_blocks)
         ]
+
+
+def make_hr_stages(*, stage1: dict, stage2: dict, stage3: dict, stage4: dict) -> list[HRStage]:
+    """HRNet's `extra` -> the descriptions of its stages."""
+    return [
+        construct({"HRStage": HRStage}, {"type": "HRStage", **section}, f"extra.stage{i}")
+        for i, section in enumerate((stage1, stage2, stage3, stage4), 1)
+    ]
+
+
+def make_transition(old, new):
+    """For each branch of a stage, the layer that leads to it from the stage before.
+
+    old, new: channels of the branches before and after. An additional branch halves the resolution
+        of the coarsest one before.
+    """
+    layers = nn.ModuleList()
+    for i, channels in enumerate(new):
+        if i >= len(old):
+            # Nested for MMSegmentation's parameter names.
+            layers.append(nn.Sequential(conv_bn(old[-1], channels, 3, 2, nn.ReLU(inplace=True))))
+        elif channels != old[i]:
+            layers.append(conv_bn(old[i], channels, 3, 1, nn.ReLU(inplace=True)))
+        else:
+            layers.append(nn.Identity())
+    return layers
+
+
+def make_fuse_layer(channels, source, target):
+    """Layers that bring branch `source` to the resolution and the channels of branch `target`.
+
+    Upsampling to a finer branch; one convolution with stride 2 per level to a coarser branch.
+    """
+    c = channels[source]
+    if source > target:
+        upsample = nn.Upsample(scale_factor=2 ** (source - target), mode="bilinear")
+        return conv_bn(c, channels[target], 1, 1, upsample)
+    layers = []
+    for _ in range(target - source - 1):
+        layers.append(conv_bn(c, c, 3, 2, nn.ReLU(inplace=True)))
+    if source < target:
+        layers.append(conv_bn(c, channels[target], 3, 2))
+    return nn.Sequential(*layers)
 
 
 class HRModule(nn.Module):
-    """Branches of several resolutions, and the exchange between them."""
+    """Parallel branches of different resolutions, whose outputs are then fused into each other."""
 
-    def __init__(self, stage: HRStage, with_cp: bool):
+    def __init__(self, stage, with_cp):
         super().__init__()
-        self.with_cp, c = with_cp, stage.channels
-        self.branches = nn.ModuleList(stage.branches(c))
-        self.fuse_layers = nn.ModuleList(
-            nn.ModuleList(self.path(j, i, c) for j in range(len(c))) for i in range(len(c))
-        )
+        self.with_cp = with_cp
+        self.branches = nn.ModuleList(stage.make_branches(stage.channels))
+        self.fuse_layers = nn.ModuleList()
+        branches = range(stage.num_branches)
+        for target in branches:
+            layers = [make_fuse_layer(stage.channels, source, target) for source in branches]
+            self.fuse_layers.append(nn.ModuleList(layers))
 
-    @staticmethod
-    def path(j: int, i: int, c: list[int]) -> nn.Module:
-        """From branch j to branch i: up-sampling, nothing, or one stride-2 convolution a level."""
-        if j > i:
-            return conv_bn(
-                c[j], c[i], 1, 1, nn.Upsample(scale_factor=2 ** (j - i), mode="bilinear")
-            )
-        return nn.Sequential(
-            *[
-                conv_bn(
-                    c[j],
-                    c[i] if k == i - j - 1 else c[j],
-                    3,
-                    2,
-                    *[nn.ReLU(inplace=True)] * (k < i - j - 1),
-                )
-                for k in range(i - j)
-            ]
-        )
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+    def forward(self, xs):
         xs = [run_blocks(branch, x, self.with_cp) for branch, x in zip(self.branches, xs)]
-        return [
-            F.relu(sum(resize(path(x), xs[i], False) for path, x in zip(paths, xs)))
-            for i, paths in enumerate(self.fuse_layers)
-        ]
+        outs = []
+        for target, layers in zip(xs, self.fuse_layers):
+            maps = [resize(layer(x), target, False) for layer, x in zip(layers, xs)]
+            outs.append(F.relu(sum(maps)))
+        return outs
 
 
 class HRNet(Backbone):
-    """High-Resolution Representations (https://arxiv.org/abs/1904.04514); `extra` has stage1 to stage4, each an HRStage's keywords."""
+    """High-Resolution Representations (https://arxiv.org/abs/1904.04514).
+
+    extra: sections `stage1` to `stage4`, each with the keywords of HRStage.
+    """
 
     FIXED = {"zero_init_residual": [False], "multiscale_output": [True]}
 
     def __init__(self, *, extra: dict, **kwargs):
         super().__init__(4, **kwargs)
         check_keywords(make_hr_stages, extra, "extra")
-        stages = make_hr_stages(**extra)
-        self.conv1, self.bn1 = (
-            nn.Conv2d(self.in_channels, 64, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(64),
-        )
-        self.conv2, self.bn2 = nn.Conv2d(64, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64)
-        (self.layer1,) = stages[0].branches([64])
-        channels = stages[0].channels
-        for i, stage in enumerate(stages[1:], 1):
-            self.add_module(f"transition{i}", self.transition(channels, stage.channels))
+        first, *stages = make_hr_stages(**extra)
+        self.conv1 = conv3x3(self.in_channels, 64, stride=2)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.conv2 = conv3x3(64, 64, stride=2)
+        self.bn2 = nn.BatchNorm2d(64)
+        (self.layer1,) = first.make_branches([64])
+        channels = first.channels
+        for i, stage in enumerate(stages, 1):
+            self.add_module(f"transition{i}", make_transition(channels, stage.channels))
+            modules = [HRModule(stage, self.with_cp) for _ in range(stage.num_modules)]
+            self.add_module(f"stage{i + 1}", nn.Sequential(*modules))
             channels = stage.channels
-            self.add_module(
-                f"stage{i + 1}",
-                nn.Sequential(*[HRModule(stage, self.with_cp) for _ in range(stage.num_modules)]),
-            )
         init_kaiming(self)
 
-    @staticmethod
-    def transition(old: list[int], new: list[int]) -> nn.ModuleList:
-        """Brings the branches to the next stage's channels; a new branch comes of the coarsest old one at half its size."""
-        relu = nn.ReLU(inplace=True)
-        layers = [nn.Identity() if o == n else conv_bn(o, n, 3, 1, relu) for o, n in zip(old, new)]
-        return nn.ModuleList(
-            layers + [nn.Sequential(conv_bn(old[-1], n, 3, 2, relu)) for n in new[len(old) :]]
-        )
-
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def forward(self, image):
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, 64, H/2, W/2)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)  # (N, 64, H/4, W/4)
         xs = [run_blocks(self.layer1, x, self.with_cp)]
@@ -597,123 +1021,107 @@ class HRNet(Backbone):
             (self.transition2, self.stage3),
             (self.transition3, self.stage4),
         ):
-            xs = stage([layer(xs[min(i, len(xs) - 1)]) for i, layer in enumerate(transition)])
+            # An additional branch starts from the coarsest one.
+            xs += [xs[-1]] * (len(transition) - len(xs))
+            xs = stage([layer(x) for layer, x in zip(transition, xs)])
         return [xs[i] for i in self.out_indices]  # (N, channels[i], H/4/2**i, W/4/2**i)
 
 
-def make_hr_stages(*, stage1: dict, stage2: dict, stage3: dict, stage4: dict) -> list[HRStage]:
-    return [
-        construct({"HRStage": HRStage}, {"type": "HRStage", **section}, f"extra.stage{i}")
-        for i, section in enumerate((stage1, stage2, stage3, stage4), 1)
-    ]
-
-
 class MixFFN(nn.Module):
-    """Two 1x1 convolutions with a depthwise 3x3 between them, which tells the net where it is."""
+    """Feed-forward network with a depthwise 3x3 convolution, which replaces position encodings."""
 
-    def __init__(self, channels: int, hidden: int, drop: float, drop_path: float):
+    def __init__(self, channels, hidden_channels, drop_rate):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1),
-            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden),
+            nn.Conv2d(channels, hidden_channels, 1),
+            nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1, groups=hidden_channels),
             nn.GELU(),
-            nn.Dropout(drop),
-            nn.Conv2d(hidden, channels, 1),
-            nn.Dropout(drop),
+            nn.Dropout(drop_rate),
+            nn.Conv2d(hidden_channels, channels, 1),
+            nn.Dropout(drop_rate),
         )
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w)
-        return self.drop_path(self.layers(x))
+    def forward(self, x):  # (N, h, w, C)
+        return self.layers(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class EfficientAttention(nn.Module):
-    """Self-attention whose keys and values come of a map made `sr_ratio` times smaller by a convolution."""
+    """Self-attention whose keys and values come from a map reduced by a factor of `sr_ratio`."""
 
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        sr_ratio: int,
-        bias: bool,
-        attn_drop: float,
-        drop: float,
-        drop_path: float,
-    ):
+    def __init__(self, channels, num_heads, sr_ratio, qkv_bias, drop_rate, attn_drop_rate):
         super().__init__()
-        self.attn = nn.MultiheadAttention(channels, num_heads, attn_drop, bias, batch_first=True)
-        self.drop, self.drop_path = nn.Dropout(drop), DropPath(drop_path)
+        self.sr_ratio = sr_ratio
+        self.attn = nn.MultiheadAttention(
+            channels, num_heads, attn_drop_rate, qkv_bias, batch_first=True
+        )
+        self.drop = nn.Dropout(drop_rate)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(channels, channels, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(channels, 1e-6)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # (N, h*w, C), (h, w)
-        y = x
-        if hasattr(self, "sr"):
-            y = self.sr(x.transpose(1, 2).unflatten(2, size))  # (N, C, h/sr, w/sr)
-            y = self.norm(y.flatten(2).transpose(1, 2))  # (N, h*w/sr², C)
-        return self.drop_path(self.drop(self.attn(x, y, y, need_weights=False)[0]))
+    def forward(self, x):  # (N, h, w, C)
+        query = x.flatten(1, 2)  # (N, h*w, C)
+        key = query
+        if self.sr_ratio > 1:
+            key = self.sr(x.permute(0, 3, 1, 2))  # (N, C, h/sr_ratio, w/sr_ratio)
+            key = self.norm(key.flatten(2).transpose(1, 2))  # (N, h*w/sr_ratio², C)
+        y, _ = self.attn(query, key, key, need_weights=False)
+        return self.drop(y).unflatten(1, x.shape[1:3])
 
 
-class MixBlock(nn.Module):
-    """MiT's transformer block."""
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block of the given attention and feed-forward network."""
 
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        sr_ratio: int,
-        hidden: int,
-        bias: bool,
-        drop: float,
-        attn_drop: float,
-        drop_path: float,
-    ):
+    def __init__(self, channels, attn, ffn, drop_path_rate, eps):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(channels, 1e-6), nn.LayerNorm(channels, 1e-6)
-        self.attn = EfficientAttention(
-            channels, num_heads, sr_ratio, bias, attn_drop, drop, drop_path
-        )
-        self.ffn = MixFFN(channels, hidden, drop, drop_path)
+        self.norm1 = nn.LayerNorm(channels, eps)
+        self.norm2 = nn.LayerNorm(channels, eps)
+        self.attn = attn
+        self.ffn = ffn
+        self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w)
-        tokens, size = x.flatten(2).transpose(1, 2), x.shape[2:]  # (N, h*w, C)
-        tokens = tokens + self.attn(self.norm1(tokens), size)
-        y = self.norm2(tokens).transpose(1, 2).unflatten(2, size)
-        return tokens.transpose(1, 2).unflatten(2, size) + self.ffn(y)
+    def forward(self, x):  # (N, h, w, C)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.ffn(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
-    """A strided convolution and layer norm."""
+    """Strided convolution and layer norm."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel_size: int,
-        stride: int,
-        padding: int,
-        eps: float,
-    ):
+    def __init__(self, in_channels, channels, kernel_size, stride, padding, eps):
         super().__init__()
         self.projection = nn.Conv2d(in_channels, channels, kernel_size, stride, padding)
         self.norm = nn.LayerNorm(channels, eps)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, h, w, channels)
+    def forward(self, x):  # (N, C, H, W) -> (N, h, w, channels)
         return self.norm(self.projection(x).permute(0, 2, 3, 1))
 
 
-def init_transformer(module: nn.Module, *kinds: type[nn.Module]) -> None:
-    """Truncated normal of 0.02 for linear layers and `kinds`, zero for their biases."""
+def init_transformer(module, *layer_types):
+    """Truncated normal weights (std 0.02) and zero biases for linear layers and `layer_types`."""
     for m in module.modules():
-        if isinstance(m, (nn.Linear, *kinds)):
+        if isinstance(m, (nn.Linear, *layer_types)):
             nn.init.trunc_normal_(m.weight, std=0.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
 
 
+def drop_path_rates(rate, depths):
+    """Drop rate of each block of each stage, which grows linearly from 0 to `rate`."""
+    total = sum(depths)
+    rates = iter([rate * i / max(total - 1, 1) for i in range(total)])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
 class MixVisionTransformer(Backbone):
-    """MiT, SegFormer's encoder (https://arxiv.org/abs/2105.15203): b0 has embed_dims 32 and 2 layers a stage, b5 64 and 3, 6, 40, 3."""
+    """MiT, the encoder of SegFormer (https://arxiv.org/abs/2105.15203).
+
+    MiT-b0 has embed_dims 32 and num_layers 2, 2, 2, 2; MiT-b5 has 64 and 3, 6, 40, 3.
+
+    embed_dims: channels of each attention head; stage i has `embed_dims * num_heads[i]` channels.
+    num_layers, num_heads, patch_sizes, strides, sr_ratios: one value for each stage. The keys and
+        values of stage i's attention are `sr_ratios[i]` times smaller in height and width.
+    """
 
     FIXED = {"norm_cfg": [{"type": "LN", "eps": 1e-6}], "act_cfg": [{"type": "GELU"}]}
 
@@ -735,87 +1143,85 @@ class MixVisionTransformer(Backbone):
         **kwargs,
     ):
         super().__init__(num_stages, **kwargs)
-        if {len(x) for x in (num_layers, num_heads, patch_sizes, strides, sr_ratios)} != {
-            num_stages
-        }:
+        per_stage = (num_layers, num_heads, patch_sizes, strides, sr_ratios)
+        if any(len(values) != num_stages for values in per_stage):
             raise UserError(
-                f"num_layers, num_heads, patch_sizes, strides and sr_ratios need num_stages, {num_stages}, values each"
+                f"num_stages is {num_stages}; num_layers, num_heads, patch_sizes, strides and "
+                "sr_ratios need as many values"
             )
         rates = drop_path_rates(drop_path_rate, num_layers)
-        self.layers, channels = nn.ModuleList(), self.in_channels
-        for layers, heads, patch, stride, sr, rate in zip(
-            num_layers, num_heads, patch_sizes, strides, sr_ratios, rates
-        ):
-            dims = embed_dims * heads
-            blocks = [
-                MixBlock(
-                    dims, heads, sr, mlp_ratio * dims, qkv_bias, drop_rate, attn_drop_rate, rate[k]
+        self.layers = nn.ModuleList()
+        in_channels = self.in_channels
+        for i in range(num_stages):
+            channels = embed_dims * num_heads[i]
+            blocks = nn.ModuleList()
+            for rate in rates[i]:
+                attn = EfficientAttention(
+                    channels, num_heads[i], sr_ratios[i], qkv_bias, drop_rate, attn_drop_rate
                 )
-                for k in range(layers)
-            ]
-            self.layers.append(
-                nn.ModuleList(
-                    [
-                        PatchEmbed(channels, dims, patch, stride, patch // 2, 1e-6),
-                        nn.ModuleList(blocks),
-                        nn.LayerNorm(dims, 1e-6),
-                    ]
-                )
-            )
-            channels = dims
+                ffn = MixFFN(channels, mlp_ratio * channels, drop_rate)
+                blocks.append(TransformerBlock(channels, attn, ffn, rate, 1e-6))
+            patch = patch_sizes[i]
+            embed = PatchEmbed(in_channels, channels, patch, strides[i], patch // 2, 1e-6)
+            self.layers.append(nn.ModuleList([embed, blocks, nn.LayerNorm(channels, 1e-6)]))
+            in_channels = channels
         init_transformer(self)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                nn.init.normal_(
-                    m.weight,
-                    std=math.sqrt(
-                        2 * m.groups / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)
-                    ),
-                )
+                fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+                nn.init.normal_(m.weight, std=math.sqrt(2 / fan_out))
                 nn.init.zeros_(m.bias)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        x, outs = image, []
+    def forward(self, image):
+        x = image
+        outs = []
         for embed, blocks, norm in self.layers:
-            x = run_blocks(blocks, embed(x).permute(0, 3, 1, 2), self.with_cp)
-            x = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            x = run_blocks(blocks, embed(x), self.with_cp)  # (N, h, w, C)
+            x = norm(x).permute(0, 3, 1, 2)
             outs.append(x)  # (N, embed_dims * num_heads[i], H/4/2**i, W/4/2**i)
         return [outs[i] for i in self.out_indices]
 
 
-def drop_path_rates(rate: float, depths: list[int]) -> list[list[float]]:
-    """From 0 in the first block to `rate` in the last, by stage."""
-    total = sum(depths)
-    rates = iter([rate * i / max(total - 1, 1) for i in range(total)])
-    return [[next(rates) for _ in range(depth)] for depth in depths]
+def make_divisible(channels):
+    """Round to the nearest multiple of 8, but not down by more than 10 %."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    if rounded < 0.9 * channels:
+        rounded += 8
+    return rounded
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: wider, depthwise, narrower."""
+    """MobileNetV2 block: 1x1 convolution to more channels, depthwise 3x3, and 1x1 to fewer."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int, dilation: int, expand_ratio: int
-    ):
+    def __init__(self, in_channels, out_channels, stride, dilation, expand_ratio):
         super().__init__()
-        hidden, relu6 = in_channels * expand_ratio, nn.ReLU6
-        wider = [ConvModule(in_channels, hidden, act=relu6)] if expand_ratio > 1 else []
-        self.conv = nn.Sequential(
-            *wider,
+        hidden = in_channels * expand_ratio
+        layers = []
+        if expand_ratio > 1:
+            layers.append(ConvModule(in_channels, hidden, act=nn.ReLU6))
+        layers += [
             ConvModule(
-                hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden, act=relu6
+                hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden, act=nn.ReLU6
             ),
             ConvModule(hidden, out_channels, act=None),
-        )
+        ]
+        self.conv = nn.Sequential(*layers)
         self.shortcut = stride == 1 and in_channels == out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.shortcut else self.conv(x)
+    def forward(self, x):
+        if self.shortcut:
+            return x + self.conv(x)
+        return self.conv(x)
 
 
 class MobileNetV2(Backbone):
-    """Inverted residuals (https://arxiv.org/abs/1801.04381) in seven stages; `strides` and `dilations` are of their first blocks."""
+    """Inverted residuals in seven stages (https://arxiv.org/abs/1801.04381).
 
-    LAYERS = [
+    widen_factor: multiplies the channels of every stage.
+    strides, dilations: of the first block of each stage.
+    """
+
+    LAYERS = [  # (expand_ratio, channels, blocks) of each stage
         (1, 16, 1),
         (6, 24, 2),
         (6, 32, 3),
@@ -823,7 +1229,7 @@ class MobileNetV2(Backbone):
         (6, 96, 3),
         (6, 160, 3),
         (6, 320, 1),
-    ]  # expansion, channels, blocks
+    ]
     FIXED = {"act_cfg": [{"type": "ReLU6"}]}
     torchvision_name = "mobilenet_v2"
 
@@ -832,80 +1238,69 @@ class MobileNetV2(Backbone):
         *,
         widen_factor: float = 1.0,
         strides: list[int] = (1, 2, 2, 2, 1, 2, 1),
-        dilations: list[int] = (1,) * 7,
+        dilations: list[int] = (1, 1, 1, 1, 1, 1, 1),
         out_indices: list[int] = (1, 2, 4, 6),
         **kwargs,
     ):
         super().__init__(7, out_indices=out_indices, **kwargs)
         if not len(strides) == len(dilations) == 7:
             raise UserError("strides and dilations need seven values each")
-
-        def width(channels: float) -> int:
-            """A multiple of 8, not more than a tenth less."""
-            near = max(8, int(channels + 4) // 8 * 8)
-            return near + 8 * (near < 0.9 * channels)
-
-        inplanes = width(32 * widen_factor)
+        inplanes = make_divisible(32 * widen_factor)
         self.conv1 = ConvModule(self.in_channels, inplanes, 3, stride=2, act=nn.ReLU6)
-        for i, (expand, channels, count) in enumerate(self.LAYERS):
-            blocks, planes = [], width(channels * widen_factor)
-            for j in range(count):
-                blocks.append(
-                    InvertedResidual(
-                        inplanes,
-                        planes,
-                        *((strides[i], dilations[i]) if j == 0 else (1, 1)),
-                        expand,
-                    )
-                )
+        for i, (expand_ratio, channels, num_blocks) in enumerate(self.LAYERS):
+            planes = make_divisible(channels * widen_factor)
+            stride = strides[i]
+            dilation = dilations[i]
+            blocks = []
+            for _ in range(num_blocks):
+                blocks.append(InvertedResidual(inplanes, planes, stride, dilation, expand_ratio))
                 inplanes = planes
+                stride = 1
+                dilation = 1
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        x, outs = self.conv1(image), []  # (N, 32, H/2, W/2)
-        for i in range(7):
-            x = run_blocks(getattr(self, f"layer{i + 1}"), x, self.with_cp)
-            outs.append(x)
-        return [outs[i] for i in self.out_indices]
+    def forward(self, image):
+        return self.run_layers(self.conv1(image))  # (N, LAYERS[i][1] * widen_factor, h, w)
 
-    def from_torchvision(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        same = [
-            v for k, v in state.items() if re.match(r"features\.(\d|1[0-7])\.", k)
-        ]  # the same tensors in the same order
-        return dict(zip(self.state_dict(), same))
+    def from_torchvision(self, state):
+        # torchvision has the same tensors in the same order, and features.18 for the classifier.
+        tensors = [v for k, v in state.items() if re.match(r"features\.(\d|1[0-7])\.", k)]
+        return dict(zip(self.state_dict(), tensors))
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Over the channels of a map."""
+    """Layer norm over the channels of a feature map."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w)
+    def forward(self, x):  # (N, C, h, w)
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7, layer norm, two linear layers, and a learnt factor a channel."""
+    """Depthwise 7x7 convolution, layer norm, two linear layers, and a learned scale per channel."""
 
-    def __init__(self, channels: int, layer_scale: float, drop_path: float):
+    def __init__(self, channels, layer_scale, drop_path_rate):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((channels,), layer_scale))
         self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels, 1e-6)
-        self.pointwise_conv1, self.pointwise_conv2 = (
-            nn.Linear(channels, 4 * channels),
-            nn.Linear(4 * channels, channels),
-        )
-        self.drop_path = DropPath(drop_path)
+        self.pointwise_conv1 = nn.Linear(channels, 4 * channels)
+        self.pointwise_conv2 = nn.Linear(4 * channels, channels)
+        self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w)
+    def forward(self, x):  # (N, C, h, w)
         y = self.norm(self.depthwise_conv(x).permute(0, 2, 3, 1))  # (N, h, w, C)
         y = self.gamma * self.pointwise_conv2(F.gelu(self.pointwise_conv1(y)))
         return x + self.drop_path(y.permute(0, 3, 1, 2))
 
 
 class ConvNeXt(Backbone):
-    """A ConvNet for the 2020s (https://arxiv.org/abs/2201.03545), under mmpretrain's names; `arch` is one of ARCHS."""
+    """A ConvNet for the 2020s (https://arxiv.org/abs/2201.03545), under mmpretrain's names.
 
-    ARCHS = {
+    arch: one of ARCHS.
+    layer_scale_init_value: initial scale of every residual branch.
+    """
+
+    ARCHS = {  # blocks of each stage, channels of the first stage
         "tiny": ([3, 3, 9, 3], 96),
         "small": ([3, 3, 27, 3], 96),
         "base": ([3, 3, 27, 3], 128),
@@ -929,36 +1324,32 @@ class ConvNeXt(Backbone):
         super().__init__(4, **kwargs)
         if arch not in self.ARCHS:
             raise UserError(f"arch is {arch!r}; it can be {', '.join(self.ARCHS)}")
-        depths, width = self.ARCHS[arch]
         self.torchvision_name = f"convnext_{arch}"
+        depths, width = self.ARCHS[arch]
         widths = [width * 2**i for i in range(4)]
-        self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
-        self.downsample_layers.append(
-            nn.Sequential(nn.Conv2d(self.in_channels, width, 4, 4), LayerNorm2d(width, 1e-6))
-        )
-        for i, o in zip(widths, widths[1:]):
-            self.downsample_layers.append(
-                nn.Sequential(LayerNorm2d(i, 1e-6), nn.Conv2d(i, o, 2, 2))
-            )
+        stem = nn.Sequential(nn.Conv2d(self.in_channels, width, 4, 4), LayerNorm2d(width, 1e-6))
+        self.downsample_layers = nn.ModuleList([stem])
+        for channels in widths[:3]:
+            norm = LayerNorm2d(channels, 1e-6)
+            conv = nn.Conv2d(channels, 2 * channels, 2, 2)
+            self.downsample_layers.append(nn.Sequential(norm, conv))
+        self.stages = nn.ModuleList()
         for channels, rates in zip(widths, drop_path_rates(drop_path_rate, depths)):
-            self.stages.append(
-                nn.Sequential(
-                    *[ConvNeXtBlock(channels, layer_scale_init_value, rate) for rate in rates]
-                )
-            )
+            blocks = [ConvNeXtBlock(channels, layer_scale_init_value, rate) for rate in rates]
+            self.stages.append(nn.Sequential(*blocks))
         for i in self.out_indices:
             self.add_module(f"norm{i}", LayerNorm2d(widths[i], 1e-6))
         init_transformer(self, nn.Conv2d)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        x, outs = image, {}
-        for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = run_blocks(stage, down(x), self.with_cp)
-            if i in self.out_indices:
-                outs[i] = getattr(self, f"norm{i}")(x)  # (N, width * 2**i, H/4/2**i, W/4/2**i)
-        return [outs[i] for i in self.out_indices]
+    def forward(self, image):
+        x = image
+        outs = []
+        for downsample, blocks in zip(self.downsample_layers, self.stages):
+            x = run_blocks(blocks, downsample(x), self.with_cp)
+            outs.append(x)  # (N, width * 2**i, H/4/2**i, W/4/2**i)
+        return [getattr(self, f"norm{i}")(outs[i]) for i in self.out_indices]
 
-    def from_torchvision(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def from_torchvision(self, state):
         rules = [
             (r"^classifier\.0", "norm3"),
             (r"^features\.0\.", "downsample_layers.0."),
@@ -970,13 +1361,15 @@ class ConvNeXt(Backbone):
         ]
         rules += [(rf"^features\.{2 * i + 1}\.", f"stages.{i}.") for i in range(4)]
         rules += [(rf"^features\.{2 * i}\.", f"downsample_layers.{i}.") for i in range(1, 4)]
-        return {
-            k: v.flatten() if k.endswith("gamma") else v for k, v in rename(state, rules).items()
-        }
+        state = rename(state, rules)
+        for key, value in state.items():
+            if key.endswith("gamma"):
+                state[key] = value.flatten()  # (C, 1, 1) -> (C,)
+        return state
 
 
-def rename(state: dict[str, Tensor], rules: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Every rule, a pattern and what takes its place, is applied to every name in turn."""
+def rename(state, rules):
+    """Apply all rules, pairs of a regular expression and its replacement, in turn to every key."""
     renamed = {}
     for key, value in state.items():
         for pattern, replacement in rules:
@@ -985,154 +1378,130 @@ def rename(state: dict[str, Tensor], rules: list[tuple[str, str]]) -> dict[str, 
     return renamed
 
 
-class WindowAttention(nn.Module):
-    """Self-attention within windows of `window` squared, with a learnt bias by relative position."""
+class WindowMSA(nn.Module):
+    """Self-attention within windows of window_size x window_size pixels.
 
-    def __init__(
-        self, channels: int, num_heads: int, window: int, bias: bool, attn_drop: float, drop: float
-    ):
+    Adds a learned bias for the relative position of query and key to the attention logits.
+    """
+
+    def __init__(self, channels, num_heads, window_size, qkv_bias, drop_rate, attn_drop_rate):
         super().__init__()
         self.num_heads = num_heads
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros((2 * window - 1) ** 2, num_heads)
-        )
+        offsets = 2 * window_size - 1  # from 1 - window_size to window_size - 1
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets**2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        rows, columns = torch.arange(window**2) // window, torch.arange(window**2) % window
-        index = (
-            (rows[:, None] - rows + window - 1) * (2 * window - 1)
-            + columns[:, None]
-            - columns
-            + window
-            - 1
-        )
-        self.register_buffer("relative_position_index", index)  # (window², window²)
-        self.qkv, self.proj = nn.Linear(channels, 3 * channels, bias), nn.Linear(channels, channels)
-        self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(drop)
+        axis = torch.arange(window_size)
+        position = torch.cartesian_prod(axis, axis)  # (L, 2): row and column; L = window_size²
+        offset = position[:, None] - position + window_size - 1  # (L, L, 2)
+        index = offset[..., 0] * offsets + offset[..., 1]
+        self.register_buffer("relative_position_index", index)  # (L, L)
+        self.qkv = nn.Linear(channels, 3 * channels, qkv_bias)
+        self.proj = nn.Linear(channels, channels)
+        self.attn_drop = nn.Dropout(attn_drop_rate)
+        self.proj_drop = nn.Dropout(drop_rate)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None
-    ) -> Tensor:  # (N * windows, window², C), (windows, window², window²)
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (N * windows, heads, window², C/heads)
-        bias = (
-            self.relative_position_bias_table[self.relative_position_index]
-            .permute(2, 0, 1)
-            .unsqueeze(0)
-        )  # (1, heads, window², window²)
+    def forward(self, x, mask):
+        """x (N * windows, L, C), mask (windows, L, L) added to the attention logits."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N * windows, num_heads, L, C / num_heads) each
+        bias = self.relative_position_bias_table[self.relative_position_index]  # (L, L, num_heads)
+        bias = bias.permute(2, 0, 1).unsqueeze(0)  # (1, num_heads, L, L)
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, bias.to(q.dtype), self.attn_drop.p if self.training else 0.0
-        )
+        dropout = self.attn_drop.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 
-class ShiftedWindows(nn.Module):
-    """WindowAttention over a whole map; the windows are shifted by `shift` and pixels that do not belong together do not see each other."""
+class ShiftWindowMSA(nn.Module):
+    """WindowMSA on a whole feature map, with windows that are shifted by `shift_size` pixels.
 
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        window: int,
-        shift: int,
-        bias: bool,
-        attn_drop: float,
-        drop: float,
-    ):
+    The shift rolls the map, so that opposite borders meet in one window. A mask keeps them from
+    attending to each other.
+    """
+
+    def __init__(self, w_msa, window_size, shift_size):
         super().__init__()
-        self.window, self.shift = window, shift
-        self.w_msa = WindowAttention(channels, num_heads, window, bias, attn_drop, drop)
+        self.window_size = window_size
+        self.shift_size = shift_size
+        self.w_msa = w_msa
 
-    def windows(self, x: Tensor) -> Tensor:  # (N, H, W, C) -> (N * windows, window², C)
-        n, h, w, c = x.shape
-        x = x.reshape(n, h // self.window, self.window, w // self.window, self.window, c)
-        return x.transpose(2, 3).reshape(-1, self.window**2, c)
+    def window_partition(self, x):
+        """(N, H, W, C) -> (N * windows, window_size², C)."""
+        x = x.unflatten(2, (-1, self.window_size)).unflatten(1, (-1, self.window_size))
+        return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, h, w, C)
-        n, h, w, c = x.shape
-        x, mask = F.pad(x, (0, 0, 0, -w % self.window, 0, -h % self.window)), None  # (N, H, W, C)
+    def window_reverse(self, x, height, width):
+        """(N * windows, window_size², C) -> (N, height, width, C)."""
+        size = self.window_size
+        x = x.unflatten(1, (size, size)).unflatten(0, (-1, height // size, width // size))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def shift_mask(self, x):
+        """Mask for the rolled map x: -100 between pixels from opposite borders, 0 elsewhere.
+
+        Returns (windows, window_size², window_size²).
+        """
         height, width = x.shape[1:3]
-        if self.shift:
-            x = x.roll((-self.shift, -self.shift), (1, 2))
-            places = [torch.arange(size, device=x.device) for size in (height, width)]
-            rows, columns = (
-                (p >= len(p) - self.window).int() + (p >= len(p) - self.shift) for p in places
-            )  # 0, 1, 2: whence they come
-            region = self.windows(
-                (3 * rows[:, None] + columns)[None, :, :, None]
-            )  # (windows, window², 1)
-            mask = torch.where(region == region.transpose(1, 2), 0.0, -100.0).to(x.dtype)
-        y = self.w_msa(self.windows(x), mask).unflatten(1, (self.window, self.window))
-        y = (
-            y.reshape(n, height // self.window, width // self.window, *y.shape[1:])
-            .transpose(2, 3)
-            .reshape(n, height, width, c)
-        )
-        return y.roll((self.shift, self.shift), (1, 2))[:, :h, :w] if self.shift else y[:, :h, :w]
+        row_wrapped = torch.arange(height, device=x.device) >= height - self.shift_size
+        column_wrapped = torch.arange(width, device=x.device) >= width - self.shift_size
+        region = 2 * row_wrapped[:, None] + column_wrapped  # (H, W)
+        region = self.window_partition(region[None, :, :, None])  # (windows, window_size², 1)
+        return torch.where(region == region.transpose(1, 2), 0.0, -100.0).to(x.dtype)
+
+    def forward(self, x):  # (N, h, w, C)
+        h, w = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -w % self.window_size, 0, -h % self.window_size))  # (N, H, W, C)
+        height, width = x.shape[1:3]
+        mask = None
+        if self.shift_size:
+            x = x.roll((-self.shift_size, -self.shift_size), (1, 2))
+            mask = self.shift_mask(x)
+        x = self.window_reverse(self.w_msa(self.window_partition(x), mask), height, width)
+        if self.shift_size:
+            x = x.roll((self.shift_size, self.shift_size), (1, 2))
+        return x[:, :h, :w]
 
 
 class FFN(nn.Module):
-    """Two linear layers, under mmcv's names."""
+    """Feed-forward network of two linear layers, under mmcv's names."""
 
-    def __init__(self, channels: int, hidden: int, drop: float):
+    def __init__(self, channels, hidden_channels, drop_rate):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Dropout(drop)),
-            nn.Linear(hidden, channels),
-            nn.Dropout(drop),
+            nn.Sequential(nn.Linear(channels, hidden_channels), nn.GELU(), nn.Dropout(drop_rate)),
+            nn.Linear(hidden_channels, channels),
+            nn.Dropout(drop_rate),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.layers(x)
 
 
-class SwinBlock(nn.Module):
-    """Swin's transformer block."""
-
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        window: int,
-        shift: int,
-        hidden: int,
-        bias: bool,
-        drop: float,
-        attn_drop: float,
-        drop_path: float,
-    ):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.attn = ShiftedWindows(channels, num_heads, window, shift, bias, attn_drop, drop)
-        self.ffn, self.drop_path = FFN(channels, hidden, drop), DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, h, w, C)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
-
-
 class PatchMerging(nn.Module):
-    """2x2 pixels become one of twice the channels."""
+    """Merges 2x2 pixels into one with twice the channels."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels):
         super().__init__()
-        self.norm, self.reduction = (
-            nn.LayerNorm(4 * channels),
-            nn.Linear(4 * channels, 2 * channels, bias=False),
-        )
+        self.norm = nn.LayerNorm(4 * channels)
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, h, w, C) -> (N, h/2, w/2, 2C)
+    def forward(self, x):  # (N, h, w, C) -> (N, h/2, w/2, 2C)
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (N, h/2, 2, w/2, 2, C)
-        return self.reduction(
-            self.norm(x.permute(0, 1, 3, 5, 2, 4).flatten(3))
-        )  # channels before the pixels, as MMSegmentation has them
+        # In MMSegmentation's order: the four pixels of the first channel, of the second, and so on.
+        x = x.permute(0, 1, 3, 5, 2, 4).flatten(3)  # (N, h/2, w/2, 4C)
+        return self.reduction(self.norm(x))
 
 
 class SwinTransformer(Backbone):
-    """Shifted windows (https://arxiv.org/abs/2103.14030): tiny has embed_dims 96 and depths 2, 2, 6, 2."""
+    """Swin, a transformer with shifted windows (https://arxiv.org/abs/2103.14030).
+
+    Swin-T has embed_dims 96 and depths 2, 2, 6, 2; Swin-B has 128 and 2, 2, 18, 2.
+
+    embed_dims: channels of the first stage; every further stage doubles them.
+    depths: blocks of each stage.
+    """
 
     FIXED = {
         "norm_cfg": [{"type": "LN"}],
@@ -1161,51 +1530,49 @@ class SwinTransformer(Backbone):
     ):
         super().__init__(len(depths), **kwargs)
         if len(depths) != len(num_heads):
-            raise UserError("depths and num_heads need one value a stage")
-        sizes = {(96, 6): "t", (96, 18): "s", (128, 18): "b"}
-        self.torchvision_name = (
-            f"swin_{sizes[embed_dims, depths[2]]}" if (embed_dims, depths[2]) in sizes else None
-        )
+            raise UserError("depths and num_heads need a value for each stage")
+        sizes = {
+            (96, (2, 2, 6, 2)): "swin_t",
+            (96, (2, 2, 18, 2)): "swin_s",
+            (128, (2, 2, 18, 2)): "swin_b",
+        }
+        self.torchvision_name = sizes.get((embed_dims, tuple(depths)))
         self.patch_embed = PatchEmbed(self.in_channels, embed_dims, 4, 4, 0, 1e-5)
-        self.drop, self.stages = nn.Dropout(drop_rate), nn.ModuleList()
-        for i, (depth, heads, rates) in enumerate(
-            zip(depths, num_heads, drop_path_rates(drop_path_rate, depths))
-        ):
-            c, stage = embed_dims * 2**i, nn.Module()
-            stage.blocks = nn.ModuleList(
-                SwinBlock(
-                    c,
-                    heads,
-                    window_size,
-                    window_size // 2 * (k % 2),
-                    mlp_ratio * c,
-                    qkv_bias,
-                    drop_rate,
-                    attn_drop_rate,
-                    rates[k],
+        self.drop = nn.Dropout(drop_rate)
+        self.stages = nn.ModuleList()
+        rates = drop_path_rates(drop_path_rate, depths)
+        for i in range(self.num_stages):
+            channels = embed_dims * 2**i
+            stage = nn.Module()  # a namespace, for MMSegmentation's parameter names
+            stage.blocks = nn.ModuleList()
+            for k, rate in enumerate(rates[i]):
+                w_msa = WindowMSA(
+                    channels, num_heads[i], window_size, qkv_bias, drop_rate, attn_drop_rate
                 )
-                for k in range(depth)
-            )
-            if i < len(depths) - 1:
-                stage.downsample = PatchMerging(c)
+                # Every second block shifts the windows.
+                shift_size = window_size // 2 if k % 2 else 0
+                attn = ShiftWindowMSA(w_msa, window_size, shift_size)
+                ffn = FFN(channels, mlp_ratio * channels, drop_rate)
+                stage.blocks.append(TransformerBlock(channels, attn, ffn, rate, 1e-5))
+            if i < self.num_stages - 1:
+                stage.downsample = PatchMerging(channels)
             self.stages.append(stage)
             if i in self.out_indices:
-                self.add_module(f"norm{i}", nn.LayerNorm(c))
+                self.add_module(f"norm{i}", nn.LayerNorm(channels))
         init_transformer(self)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def forward(self, image):
         image = F.pad(image, (0, -image.shape[3] % 4, 0, -image.shape[2] % 4))
-        x, outs = self.drop(self.patch_embed(image)), {}  # (N, H/4, W/4, C)
-        for i, stage in enumerate(self.stages):
+        x = self.drop(self.patch_embed(image))  # (N, H/4, W/4, embed_dims)
+        outs = []
+        for stage in self.stages:
             x = run_blocks(stage.blocks, x, self.with_cp)
-            if i in self.out_indices:
-                outs[i] = getattr(self, f"norm{i}")(x).permute(
-                    0, 3, 1, 2
-                )  # (N, C * 2**i, H/4/2**i, W/4/2**i)
-            x = stage.downsample(x) if hasattr(stage, "downsample") else x
-        return [outs[i] for i in self.out_indices]
+            outs.append(x)  # (N, H/4/2**i, W/4/2**i, embed_dims * 2**i)
+            if hasattr(stage, "downsample"):
+                x = stage.downsample(x)
+        return [getattr(self, f"norm{i}")(outs[i]).permute(0, 3, 1, 2) for i in self.out_indices]
 
-    def from_torchvision(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def from_torchvision(self, state):
         rules = [
             (r"^norm\.", "norm3."),
             (r"^features\.0\.0\.", "patch_embed.projection."),
@@ -1214,48 +1581,38 @@ class SwinTransformer(Backbone):
             (r"\.mlp\.0\.", ".ffn.layers.0.0."),
             (r"\.mlp\.3\.", ".ffn.layers.1."),
         ]
-        for i in range(4):
-            rules += [
-                (rf"^features\.{2 * i + 1}\.", f"stages.{i}.blocks."),
-                (rf"^features\.{2 * i + 2}\.", f"stages.{i}.downsample."),
-            ]
-        state = {
-            k: v
-            for k, v in rename(state, rules).items()
-            if not k.endswith("relative_position_index")
-        }
-        for key in [k for k in state if ".downsample." in k]:
-            v = state[
-                key
-            ]  # torchvision stacks the pixels (0, 0), (1, 0), (0, 1), (1, 1), each with its channels
-            state[key] = (
-                v.unflatten(-1, (2, 2, -1))
-                .transpose(-3, -2)
-                .movedim(-1, -3)
-                .flatten(-3)
-                .contiguous()
-            )
-        return state
+        rules += [(rf"^features\.{2 * i + 1}\.", f"stages.{i}.blocks.") for i in range(4)]
+        rules += [(rf"^features\.{2 * i + 2}\.", f"stages.{i}.downsample.") for i in range(4)]
+        renamed = {}
+        for key, value in rename(state, rules).items():
+            if key.endswith("relative_position_index"):
+                continue  # A constant; torchvision stores it flattened.
+            if ".downsample." in key:
+                # torchvision stacks the pixels (0, 0), (1, 0), (0, 1) and (1, 1) with all channels.
+                value = value.unflatten(-1, (2, 2, -1)).transpose(-3, -2)
+                value = value.movedim(-1, -3).flatten(-3).contiguous()
+            renamed[key] = value
+        return renamed
 
 
 BACKBONES = {
-    c.__name__: c
-    for c in (
-        ResNet,
-        ResNetV1c,
-        ResNeXt,
-        HRNet,
-        MixVisionTransformer,
-        MobileNetV2,
-        ConvNeXt,
-        SwinTransformer,
-    )
+    "ResNet": ResNet,
+    "ResNetV1c": ResNetV1c,
+    "ResNeXt": ResNeXt,
+    "HRNet": HRNet,
+    "MixVisionTransformer": MixVisionTransformer,
+    "MobileNetV2": MobileNetV2,
+    "ConvNeXt": ConvNeXt,
+    "SwinTransformer": SwinTransformer,
 }
 
 
-# ------------------------------------------------------------------- Necks: list of feature maps -> list of feature maps
+# ---------------------------------------------- Necks: list of feature maps -> list of feature maps
 class FPN(nn.Module):
-    """Feature Pyramid Network (https://arxiv.org/abs/1612.03144): every map in `out_channels`, with what the coarser ones know."""
+    """Feature Pyramid Network (https://arxiv.org/abs/1612.03144).
+
+    Projects every map to `out_channels` and adds the upsampled, coarser maps to it.
+    """
 
     FIXED = {
         "norm_cfg": [None],
@@ -1270,7 +1627,7 @@ class FPN(nn.Module):
         super().__init__()
         if num_outs != len(in_channels):
             raise UserError(
-                f"num_outs is {num_outs}; it has to be {len(in_channels)}, the number of in_channels"
+                f"num_outs is {num_outs}; it must be {len(in_channels)}, the number of in_channels"
             )
         self.lateral_convs = nn.ModuleList(
             ConvModule(c, out_channels, norm=False, act=None) for c in in_channels
@@ -1282,10 +1639,9 @@ class FPN(nn.Module):
             if isinstance(m, nn.Conv2d):
                 nn.init.xavier_uniform_(m.weight)
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        maps = [
-            conv(x) for conv, x in zip(self.lateral_convs, features, strict=True)
-        ]  # (N, out_channels, h, w) each
+    def forward(self, features):
+        # (N, out_channels, h, w) each
+        maps = [conv(x) for conv, x in zip(self.lateral_convs, features, strict=True)]
         for i in reversed(range(len(maps) - 1)):
             maps[i] = maps[i] + F.interpolate(maps[i + 1], maps[i].shape[2:])
         return [conv(x) for conv, x in zip(self.fpn_convs, maps)]
@@ -1294,340 +1650,22 @@ class FPN(nn.Module):
 NECKS = {"FPN": FPN}
 
 
-# ------------------------------------------- Losses: logits (N, C, h, w) of any resolution and label (N, H, W) -> scalar
-CHUNK = 2**25  # values of full-resolution logits that exist at a time: 128 MiB in float32
-
-
-def images_at_a_time(logits: Tensor, label: Tensor) -> int:
-    return max(1, CHUNK // (logits.shape[1] * label[0].numel()))
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Sum of `total(logits, label, weight)` over `size` images at a time, whose gradient is worked out along with it.
-
-    Logits at full resolution, their softmax and gradient never exist for the whole batch, and nothing is computed twice: what stays until
-    the backward pass is the gradient of the head's own small logits.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        logits: Tensor,
-        label: Tensor,
-        weight: Tensor | None,
-        total: Callable,
-        align_corners: bool,
-        size: int,
-        differentiate: bool,
-    ) -> Tensor:
-        sums, gradients = [], []
-        weights = [None] * len(label) if weight is None else weight.split(size)
-        with without_autocast(logits.device), torch.set_grad_enabled(differentiate):
-            for x, y, w in zip(logits.split(size), label.split(size), weights):
-                x = upcast(x.detach()).requires_grad_(differentiate)  # (n, C, h, w)
-                loss = total(resize(x, y.unsqueeze(1), align_corners), y.long(), w)
-                sums.append(loss.detach())
-                if differentiate:
-                    gradients.append(torch.autograd.grad(loss, x)[0])
-        ctx.dtype = logits.dtype
-        ctx.save_for_backward(torch.cat(gradients) if differentiate else None)
-        return torch.stack(sums).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        return (ctx.saved_tensors[0] * gradient).to(ctx.dtype), *[None] * 6
-
-
-def chunked_loss(
-    logits: Tensor,
-    label: Tensor,
-    weight: Tensor | None,
-    total: Callable,
-    align_corners: bool,
-    size: int,
-) -> Tensor:
-    differentiate = torch.is_grad_enabled() and logits.requires_grad
-    return ChunkedLoss.apply(logits, label, weight, total, align_corners, size, differentiate)
-
-
-def mean_over_processes(count: Tensor) -> Tensor:
-    """As gradients are averaged over the processes, a divisor has to be: then 4 processes x 2 images give what 1 x 8 gives."""
-    if dist.is_available() and dist.is_initialized() and not count.is_meta:
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count
-
-
-def one_hot(label: Tensor, channels: int) -> Tensor:
-    """(n, H, W) -> (n, channels, H, W) bool, nothing where ignored; one channel stands for class 1."""
-    classes = (
-        torch.arange(channels, device=label.device)
-        if channels > 1
-        else torch.ones(1, device=label.device)
-    )
-    return label.unsqueeze(1) == classes.view(1, -1, 1, 1)
-
-
-class Loss(nn.Module):
-    """What all losses share: loss_weight * sum over images of `loss_sum` / `normalizer`; `class_weight` has one factor a channel.
-
-    `loss_name`: its name in the log, with the same name several losses are added up there.
-    """
-
-    NAME = "loss"
-    whole_batch = False  # `loss_sum` cannot be had image by image
-
-    def __init__(
-        self,
-        *,
-        loss_weight: float = 1.0,
-        class_weight: list[float] | None = None,
-        loss_name: str | None = None,
-    ):
-        super().__init__()
-        self.loss_weight, self.loss_name = loss_weight, loss_name or self.NAME
-        factors = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float64)
-        self.register_buffer("class_weight", factors, persistent=False)
-
-    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-        """Sum over these images: logits (n, C, H, W), label (n, H, W) of int64, weight (n, H, W) of a sampler or None -> scalar."""
-        raise NotImplementedError
-
-    def normalizer(self, logits: Tensor, label: Tensor) -> int | Tensor:
-        return label.numel() * logits.shape[1]
-
-    def forward(
-        self,
-        logits: Tensor,
-        label: Tensor,
-        align_corners: bool = False,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        if self.class_weight is not None and len(self.class_weight) != logits.shape[1]:
-            raise UserError(
-                f"class_weight has {len(self.class_weight)} values, the head {logits.shape[1]} channels"
-            )
-        size = len(label) if self.whole_batch else images_at_a_time(logits, label)
-        total = chunked_loss(logits, label, weight, self.loss_sum, align_corners, size)
-        return self.loss_weight * total / self.normalizer(logits, label)
-
-
-class CrossEntropyLoss(Loss):
-    """Cross entropy, by default averaged over all pixels, ignored ones counted, as MMSegmentation does; `avg_non_ignore`: over the valid
-    ones of all processes. With `class_weight` the mean is weighted, an ignored pixel counts 1. `use_sigmoid`: binary, one logit a class.
-    """
-
-    NAME = "loss_ce"
-
-    def __init__(self, *, use_sigmoid: bool = False, avg_non_ignore: bool = False, **kwargs):
-        super().__init__(**kwargs)
-        self.use_sigmoid, self.avg_non_ignore = use_sigmoid, avg_non_ignore
-
-    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-        factors = None if self.class_weight is None else self.class_weight.to(logits.dtype)
-        if self.use_sigmoid:
-            factors = None if factors is None else factors.view(-1, 1, 1)
-            entries = F.binary_cross_entropy_with_logits(
-                logits,
-                one_hot(label, logits.shape[1]).to(logits.dtype),
-                pos_weight=factors,
-                reduction="none",
-            )
-            pixels = entries.sum(1) * (label != IGNORE)  # (n, H, W)
-        else:
-            pixels = F.cross_entropy(
-                logits, label, factors, ignore_index=IGNORE, reduction="none"
-            )  # (n, H, W)
-        return (pixels if weight is None else pixels * weight).sum()
-
-    def normalizer(self, logits: Tensor, label: Tensor) -> int | Tensor:
-        weighted = self.class_weight is not None and not self.use_sigmoid
-        entries = logits.shape[1] if self.use_sigmoid else 1
-        if not weighted and not self.avg_non_ignore:
-            return label.numel() * entries
-        counts = label != IGNORE
-        if weighted:
-            factors = self.class_weight[label.long().clamp(max=len(self.class_weight) - 1)]
-            counts = torch.where(counts, factors, float(not self.avg_non_ignore))
-        count = counts.sum().to(upcast(logits).dtype) * entries
-        return (mean_over_processes(count) if self.training else count).clamp(min=1e-6)
-
-
-class DiceLoss(Loss):
-    """Dice of each image over all its classes, ignored pixels left out (https://arxiv.org/abs/1606.04797)."""
-
-    NAME = "loss_dice"
-    FIXED = {"activate": [True], "naive_dice": [False]}
-
-    def __init__(self, *, use_sigmoid: bool = True, eps: float = 1e-3, **kwargs):
-        super().__init__(**kwargs)
-        self.use_sigmoid, self.eps = use_sigmoid, eps
-
-    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-        probability = (
-            logits.sigmoid() if self.use_sigmoid or logits.shape[1] == 1 else logits.softmax(1)
-        )
-        counted = (
-            (label != IGNORE).unsqueeze(1)
-            if weight is None
-            else (weight * (label != IGNORE)).unsqueeze(1)
-        )
-        p, t = (
-            (probability * counted).flatten(1),
-            (one_hot(label, logits.shape[1]) * counted).flatten(1).to(logits.dtype),
-        )  # (n, C*H*W)
-        return (1 - 2 * (p * t).sum(1) / ((p * p).sum(1) + (t * t).sum(1) + 2 * self.eps)).sum()
-
-    def normalizer(self, logits: Tensor, label: Tensor) -> int:
-        return len(label)
-
-
-class FocalLoss(Loss):
-    """Sigmoid focal loss (https://arxiv.org/abs/1708.02002), the mean over pixels and classes; `alpha`: one for all classes or a list."""
-
-    NAME = "loss_focal"
-    FIXED = {"use_sigmoid": [True]}
-
-    def __init__(self, *, gamma: float = 2.0, alpha: float | list[float] = 0.5, **kwargs):
-        super().__init__(**kwargs)
-        self.gamma = gamma
-        self.register_buffer(
-            "alpha", torch.tensor(alpha, dtype=torch.float64).view(-1, 1, 1), persistent=False
-        )
-
-    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-        t = one_hot(label, logits.shape[1]).to(logits.dtype)
-        alpha = self.alpha.to(logits.dtype)
-        factors = alpha * t + (1 - alpha) * (1 - t)
-        if self.class_weight is not None:
-            factors = factors * self.class_weight.to(logits.dtype).view(-1, 1, 1)
-        missed = (logits.sigmoid() - t).abs()  # 1 - the probability of what is right
-        entries = (
-            F.binary_cross_entropy_with_logits(logits, t, reduction="none")
-            * missed**self.gamma
-            * factors
-        )
-        pixels = entries.sum(1) * (label != IGNORE)
-        return (pixels if weight is None else pixels * weight).sum()
-
-
-def lovasz_extension(errors: Tensor, truth: Tensor) -> Tensor:
-    """The Lovász extension of 1 - IoU: errors and truth (0 or 1) of the pixels, both (P,) -> scalar."""
-    errors, order = errors.sort(descending=True)
-    truth = truth[order].to(errors.dtype)
-    jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
-    return errors.relu() @ jaccard.diff(prepend=jaccard.new_zeros(1))
-
-
-class LovaszLoss(Loss):
-    """Lovász-Softmax, or for `loss_type` "binary" Lovász hinge (https://arxiv.org/abs/1705.08790); `classes`: "present", "all" or a list;
-    `per_image`: the mean over images instead of one loss over the batch."""
-
-    NAME = "loss_lovasz"
-    FIXED = {"reduction": ["none", "mean"]}
-
-    def __init__(
-        self,
-        *,
-        loss_type: str = "multi_class",
-        classes: str | list[int] = "present",
-        per_image: bool = False,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        if (
-            loss_type not in ("multi_class", "binary")
-            or isinstance(classes, str)
-            and classes not in ("present", "all")
-        ):
-            raise UserError(
-                'loss_type is "multi_class" or "binary", classes "present", "all" or a list of numbers'
-            )
-        self.binary, self.classes, self.per_image, self.whole_batch = (
-            loss_type == "binary",
-            classes,
-            per_image,
-            not per_image,
-        )
-
-    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-        counted = label != IGNORE if weight is None else (label != IGNORE) & (weight > 0)
-        images = range(len(label)) if self.per_image else [slice(None)]
-        return torch.stack([self.of_pixels(logits[i], label[i], counted[i]) for i in images]).sum()
-
-    def of_pixels(self, logits: Tensor, label: Tensor, counted: Tensor) -> Tensor:
-        """An error of 0 counts nothing, so ignored pixels get that; no size depends on the values, which would stall a GPU."""
-        if self.binary:
-            truth = (label == 1).flatten()
-            errors = (1 - logits.flatten() * (2.0 * truth - 1)) * counted.flatten()
-            return lovasz_extension(errors, truth & counted.flatten())
-        probability, losses, present = logits.softmax(-3), [], []
-        for c in range(logits.shape[-3]) if isinstance(self.classes, str) else self.classes:
-            truth = ((label == c) & counted).flatten()
-            errors = (
-                truth.to(logits.dtype) - probability.select(-3, c).flatten()
-            ).abs() * counted.flatten()
-            losses.append(
-                lovasz_extension(errors, truth)
-                * (1 if self.class_weight is None else self.class_weight[c].to(errors.dtype))
-            )
-            present.append(truth.any() if self.classes == "present" else torch.ones_like(truth[0]))
-        present = torch.stack(present).to(logits.dtype)
-        return (torch.stack(losses) * present).sum() / present.sum().clamp(min=1)
-
-    def normalizer(self, logits: Tensor, label: Tensor) -> int:
-        return len(label) if self.per_image else 1
-
-
-class OHEMPixelSampler:
-    """Online hard example mining (https://arxiv.org/abs/1604.03540): weight 1 for the pixels whose own class has a probability below
-    `thresh`, at least `min_kept` an image (on the batch's average); without `thresh` for exactly those; 0 for the rest."""
-
-    def __init__(self, *, thresh: float | None = None, min_kept: int = 100000):
-        if min_kept < 1:
-            raise UserError(f"min_kept is {min_kept}; it must be 1 or more")
-        self.thresh, self.min_kept = thresh, min_kept
-
-    @torch.no_grad()
-    def __call__(
-        self, logits: Tensor, label: Tensor, align_corners: bool
-    ) -> Tensor:  # (N, C, h, w), (N, H, W) -> (N, H, W)
-        size, last_class, valid, probability = (
-            images_at_a_time(logits, label),
-            logits.shape[1] - 1,
-            label != IGNORE,
-            [],
-        )
-        for x, y in zip(logits.split(size), label.split(size)):
-            x = resize(upcast(x), y.unsqueeze(1), align_corners).softmax(1)  # (n, C, H, W)
-            probability.append(x.gather(1, y.long().clamp(max=last_class).unsqueeze(1)).squeeze(1))
-        probability = torch.cat(probability)  # (N, H, W)
-        probability[~valid] = 2  # beyond every valid one
-        kept, ordered = self.min_kept * len(label), probability.flatten().sort().values
-        if self.thresh is None:
-            last = ordered.take(
-                (valid.sum() - 1).clamp(0, kept - 1)
-            )  # indexing would wait for the device
-            return (valid & (probability <= last)).to(probability.dtype)
-        last = ordered.take((valid.sum() - 1).clamp(0, kept)).clamp(min=self.thresh)
-        return (valid & (probability < last)).to(probability.dtype)
-
-
-LOSSES = {c.__name__: c for c in (CrossEntropyLoss, DiceLoss, FocalLoss, LovaszLoss)}
-SAMPLERS = {"OHEMPixelSampler": OHEMPixelSampler}
-
-
-# --------------------------- Heads: list of feature maps -> logits (N, out_channels, h, w) by name, the prediction first
+# ---------- Heads: list of feature maps -> {part: logits (N, out_channels, h, w)}, prediction first
 class DecodeHead(nn.Module):
-    """What all heads share: which features they take, the classifier and the losses. A head of one's own defines `decode`.
+    """Base class of the heads: feature selection, classifier and losses.
 
-    `in_index` picks the feature maps that have `in_channels`; `input_transform`: "resize_concat" makes one map of several,
-    "multiple_select" hands over the list. `out_channels`: 1 for two classes by one logit (losses with use_sigmoid), class 1 being where its
-    sigmoid exceeds `threshold`. `sampler`: which pixels count in the losses. `loss_decode`: one loss or several.
+    A subclass defines `decode`.
+
+    in_channels, in_index: channels and index of the feature map to take, or lists of several.
+    input_transform: how to take several: "resize_concat" concatenates them at the size of the
+        first one, "multiple_select" passes on the list.
+    out_channels: num_classes by default. 1 is for two classes and losses with use_sigmoid.
+    threshold: with one output channel, the probability above which a pixel is of class 1.
+    sampler: section of a sampler, which weights the pixels in the losses.
+    loss_decode: section of a loss, or a list of them; by default CrossEntropyLoss.
     """
 
-    input_transform = None  # a head that works on several maps names its own
+    input_transform = None  # the default of a subclass that takes several feature maps
 
     def __init__(
         self,
@@ -1646,90 +1684,109 @@ class DecodeHead(nn.Module):
     ):
         super().__init__()
         self.input_transform = input_transform or self.input_transform
-        if self.input_transform not in (None, "resize_concat", "multiple_select"):
-            raise UserError(
-                f"input_transform is {input_transform!r}; it can be resize_concat, multiple_select or null"
-            )
-        several = [isinstance(x, (list, tuple)) for x in (in_channels, in_index)]
-        if (
-            several != [bool(self.input_transform)] * 2
-            or all(several)
-            and len(in_channels) != len(in_index)
-        ):
-            raise UserError(
-                f"in_channels {in_channels} and in_index {in_index} should be "
-                + (
-                    "lists of the same length"
-                    if self.input_transform
-                    else "single numbers, or set input_transform"
-                )
-            )
-        self.in_channels = (
-            sum(in_channels) if self.input_transform == "resize_concat" else in_channels
-        )
-        self.in_index, self.channels, self.align_corners = in_index, channels, align_corners
-        self.num_classes, self.out_channels = (
-            num_classes,
-            num_classes if out_channels is None else out_channels,
-        )
-        if self.out_channels != num_classes and (self.out_channels, num_classes) != (1, 2):
-            raise UserError(
-                f"out_channels is {out_channels}; it can be num_classes, {num_classes}, or 1 where num_classes is 2"
-            )
-        if threshold is not None and not 0 < threshold < 1:
-            raise UserError(f"threshold is {threshold}; it is a probability, between 0 and 1")
-        self.threshold = 0.5 if self.out_channels > 1 else threshold or 0.3  # MMSegmentation's
+        self.in_channels = in_channels
+        self.in_index = in_index
+        self.channels = channels
+        self.num_classes = num_classes
+        self.out_channels = num_classes if out_channels is None else out_channels
+        self.threshold = threshold
+        self.align_corners = align_corners
+        self.check_inputs()
+        self.check_outputs()
+        if self.input_transform == "resize_concat":
+            self.in_channels = sum(in_channels)
+        if self.out_channels > 1:
+            self.threshold = 0.5  # the class with the largest logit
+        elif threshold is None:
+            self.threshold = 0.3  # as in MMSegmentation
+
         losses = loss_decode if isinstance(loss_decode, (list, tuple)) else [loss_decode]
         self.loss_decode = nn.ModuleList(
             construct(LOSSES, {"type": "CrossEntropyLoss", **loss}, "loss_decode")
             for loss in losses
         )
-        if self.out_channels == 1 and any(
-            isinstance(x, CrossEntropyLoss) and not x.use_sigmoid for x in self.loss_decode
-        ):
-            raise UserError("with one output channel, loss_decode needs use_sigmoid: true")
-        if not losses or self.out_channels == 1 and sampler:
-            raise UserError(
-                "loss_decode is empty; leave it out for CrossEntropyLoss"
-                if not losses
-                else "a sampler needs an output channel for each class"
-            )
         self.sampler = construct(SAMPLERS, sampler, "sampler") if sampler else None
+        self.check_losses()
+
         self.dropout = nn.Dropout2d(max(dropout_ratio, 0))
         self.conv_seg = nn.Conv2d(channels, self.out_channels, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         nn.init.zeros_(self.conv_seg.bias)
 
-    def select(self, features: list[Tensor]) -> Tensor | list[Tensor]:
-        if not self.input_transform:
-            return features[self.in_index]
-        picked = [features[i] for i in self.in_index]
-        return self.concat(picked) if self.input_transform == "resize_concat" else picked
+    def check_inputs(self):
+        if self.input_transform not in (None, "resize_concat", "multiple_select"):
+            raise UserError(
+                f"input_transform is {self.input_transform!r}; it can be resize_concat, "
+                "multiple_select or null"
+            )
+        inputs = f"in_channels {self.in_channels} and in_index {self.in_index}"
+        lists = [isinstance(value, (list, tuple)) for value in (self.in_channels, self.in_index)]
+        if self.input_transform is None:
+            if any(lists):
+                raise UserError(f"{inputs} should be single numbers, or set input_transform")
+        elif not all(lists) or len(self.in_channels) != len(self.in_index):
+            raise UserError(f"{inputs} should be lists of the same length")
 
-    def concat(self, maps: list[Tensor]) -> Tensor:
-        """All maps in the size of the first, side by side."""
+    def check_outputs(self):
+        one_for_two = self.out_channels == 1 and self.num_classes == 2
+        if self.out_channels != self.num_classes and not one_for_two:
+            raise UserError(
+                f"out_channels is {self.out_channels}; it can be num_classes, {self.num_classes}, "
+                "or 1 if num_classes is 2"
+            )
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise UserError(f"threshold is {self.threshold}; it must be between 0 and 1")
+
+    def check_losses(self):
+        if not self.loss_decode:
+            raise UserError("loss_decode is empty; leave it out for CrossEntropyLoss")
+        if self.out_channels > 1:
+            return
+        if self.sampler is not None:
+            raise UserError("a sampler needs one output channel per class")
+        for loss in self.loss_decode:
+            if isinstance(loss, CrossEntropyLoss) and not loss.use_sigmoid:
+                raise UserError("with one output channel, loss_decode needs use_sigmoid: true")
+
+    def select(self, features: list[Tensor]) -> Tensor | list[Tensor]:
+        if self.input_transform is None:
+            return features[self.in_index]
+        selected = [features[i] for i in self.in_index]
+        if self.input_transform == "resize_concat":
+            return self.concat(selected)
+        return selected
+
+    def concat(self, maps):
+        """Concatenate the maps along the channels, at the size of the first one."""
         return torch.cat([resize(x, maps[0], self.align_corners) for x in maps], 1)
 
     def decode(self, x: Tensor | list[Tensor]) -> Tensor:
-        """What `select` gives -> (N, channels, h, w)."""
+        """What `select` returns -> (N, channels, h, w)."""
         raise NotImplementedError
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
         return {"": self.conv_seg(self.dropout(self.decode(self.select(features))))}
 
     def loss(self, outputs: dict[str, Tensor], label: Tensor) -> dict[str, Tensor]:
-        """What forward gives and label (N, H, W) -> scalars by name."""
-        found = {}
+        """What `forward` returns and label (N, H, W) -> scalar losses by name."""
+        losses = {}
         for part, logits in outputs.items():
-            weight = self.sampler(logits, label, self.align_corners) if self.sampler else None
+            weight = None
+            if self.sampler is not None:
+                weight = self.sampler(logits, label, self.align_corners)
             for loss in self.loss_decode:
-                value, name = loss(logits, label, self.align_corners, weight), part + loss.loss_name
-                found[name] = found[name] + value if name in found else value
-        return found
+                name = part + loss.loss_name
+                value = loss(logits, label, self.align_corners, weight)
+                losses[name] = losses[name] + value if name in losses else value
+        return losses
 
 
 class FCNHead(DecodeHead):
-    """Fully Convolutional Networks (https://arxiv.org/abs/1411.4038): `num_convs` convolutions; `concat_input`: the input beside them."""
+    """Fully Convolutional Networks (https://arxiv.org/abs/1411.4038).
+
+    num_convs: convolutions before the classifier.
+    concat_input: concatenate their input to their output, and fuse the two by one more convolution.
+    """
 
     def __init__(
         self,
@@ -1743,7 +1800,8 @@ class FCNHead(DecodeHead):
         super().__init__(**kwargs)
         if num_convs == 0 and self.in_channels != self.channels:
             raise UserError(
-                f"without convolutions channels has to be in_channels, {self.in_channels}"
+                f"channels is {self.channels}; without convolutions it must be in_channels, "
+                f"{self.in_channels}"
             )
         widths = [self.in_channels] + [self.channels] * num_convs
         self.convs = nn.Sequential(
@@ -1753,38 +1811,42 @@ class FCNHead(DecodeHead):
         if concat_input:
             self.conv_cat = ConvModule(self.in_channels + self.channels, self.channels, kernel_size)
 
-    def context(self, x: Tensor) -> Tensor:
-        """Between the first convolution and the second; heads derived from this one look around the image here."""
+    def context(self, x):
+        """Applied after the first convolution; subclasses gather context from the image here."""
         return x
 
-    def decode(self, x: Tensor) -> Tensor:  # (N, in_channels, h, w) -> (N, channels, h, w)
+    def decode(self, x):  # (N, in_channels, h, w) -> (N, channels, h, w)
         y = x
         for i, conv in enumerate(self.convs):
-            y = conv(y) if i else self.context(conv(y))
-        return self.conv_cat(torch.cat([x, y], 1)) if self.concat_input else y
+            y = conv(y)
+            if i == 0:
+                y = self.context(y)
+        if self.concat_input:
+            y = self.conv_cat(torch.cat([x, y], 1))
+        return y
 
 
 class NonLocal(nn.Module):
-    """Every pixel looks at every other."""
+    """Attention of every pixel to all pixels, added to the input."""
 
-    def __init__(self, channels: int, reduction: int, use_scale: bool):
+    def __init__(self, channels, reduction, use_scale):
         super().__init__()
         inner = max(channels // reduction, 1)
         self.scale = inner**-0.5 if use_scale else 1.0
-        self.g, self.theta, self.phi = (
-            ConvModule(channels, inner, norm=False, act=None) for _ in range(3)
-        )
+        self.g = ConvModule(channels, inner, norm=False, act=None)
+        self.theta = ConvModule(channels, inner, norm=False, act=None)
+        self.phi = ConvModule(channels, inner, norm=False, act=None)
         self.conv_out = ConvModule(inner, channels, act=None)
-        for m in (self.g, self.theta, self.phi):
-            nn.init.normal_(m.conv.weight, std=0.01)
+        for module in (self.g, self.theta, self.phi):
+            nn.init.normal_(module.conv.weight, std=0.01)
         nn.init.zeros_(self.conv_out.bn.weight)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w)
+    def forward(self, x):  # (N, C, h, w)
         return x + self.conv_out(attend(self.theta(x), self.phi(x), self.g(x), self.scale))
 
 
 class NLHead(FCNHead):
-    """Non-local neural networks (https://arxiv.org/abs/1711.07971)."""
+    """Non-local Neural Networks (https://arxiv.org/abs/1711.07971)."""
 
     FIXED = {"mode": ["embedded_gaussian"]}
 
@@ -1792,14 +1854,14 @@ class NLHead(FCNHead):
         super().__init__(**kwargs)
         self.nl_block = NonLocal(self.channels, reduction, use_scale)
 
-    def context(self, x: Tensor) -> Tensor:
+    def context(self, x):
         return self.nl_block(x)
 
 
 class GlobalContext(nn.Module):
-    """One weighted mean of all pixels is added to each."""
+    """A weighted mean of all pixels, transformed and added to every pixel."""
 
-    def __init__(self, channels: int, inner: int):
+    def __init__(self, channels, inner):
         super().__init__()
         self.conv_mask = nn.Conv2d(channels, 1, 1)
         self.channel_add_conv = nn.Sequential(
@@ -1812,9 +1874,10 @@ class GlobalContext(nn.Module):
         for parameter in (self.conv_mask.bias, *self.channel_add_conv[3].parameters()):
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w)
-        share = self.conv_mask(x).flatten(2).softmax(2).to(x.dtype)  # (N, 1, h*w)
-        return x + self.channel_add_conv((x.flatten(2) @ share.transpose(1, 2)).unsqueeze(3))
+    def forward(self, x):  # (N, C, h, w)
+        weights = self.conv_mask(x).flatten(2).softmax(2).to(x.dtype)  # (N, 1, h*w)
+        mean = x.flatten(2) @ weights.transpose(1, 2)  # (N, C, 1)
+        return x + self.channel_add_conv(mean.unsqueeze(3))
 
 
 class GCHead(FCNHead):
@@ -1826,66 +1889,74 @@ class GCHead(FCNHead):
         super().__init__(**kwargs)
         self.gc_block = GlobalContext(self.channels, int(self.channels * ratio))
 
-    def context(self, x: Tensor) -> Tensor:
+    def context(self, x):
         return self.gc_block(x)
 
 
 class CrissCrossAttention(nn.Module):
-    """Every pixel looks along its row and its column."""
+    """Attention of every pixel to the pixels of its row and its column."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels):
         super().__init__()
-        self.query_conv, self.key_conv = (
-            nn.Conv2d(channels, channels // 8, 1),
-            nn.Conv2d(channels, channels // 8, 1),
-        )
-        self.value_conv, self.gamma = nn.Conv2d(channels, channels, 1), Scale()
+        self.query_conv = nn.Conv2d(channels, channels // 8, 1)
+        self.key_conv = nn.Conv2d(channels, channels // 8, 1)
+        self.value_conv = nn.Conv2d(channels, channels, 1)
+        self.gamma = Scale()
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w)
-        query, key, value, h = self.query_conv(x), self.key_conv(x), self.value_conv(x), x.shape[2]
+    def forward(self, x):  # (N, C, h, w)
+        query = self.query_conv(x)  # (N, C/8, h, w)
+        key = self.key_conv(x)
+        value = self.value_conv(x)
+        h = x.shape[2]
         column = torch.einsum("nchw,nciw->nhwi", query, key)  # (N, h, w, h)
-        itself = torch.eye(h, dtype=torch.bool, device=x.device).unsqueeze(
-            1
-        )  # is in its row already
         row = torch.einsum("nchw,nchj->nhwj", query, key)  # (N, h, w, w)
-        attention = (
-            torch.cat([column.masked_fill(itself, -math.inf), row], 3).softmax(3).to(value.dtype)
-        )
-        seen = torch.einsum("nciw,nhwi->nchw", value, attention[..., :h]) + torch.einsum(
-            "nchj,nhwj->nchw", value, attention[..., h:]
-        )
-        return self.gamma(seen) + x
+        # The pixel itself is part of its row already.
+        itself = torch.eye(h, dtype=torch.bool, device=x.device).unsqueeze(1)  # (h, 1, h)
+        energy = torch.cat([column.masked_fill(itself, -math.inf), row], 3)
+        attention = energy.softmax(3).to(value.dtype)
+        from_column = torch.einsum("nciw,nhwi->nchw", value, attention[..., :h])
+        from_row = torch.einsum("nchj,nhwj->nchw", value, attention[..., h:])
+        return self.gamma(from_column + from_row) + x
 
 
 class CCHead(FCNHead):
-    """CCNet (https://arxiv.org/abs/1811.11721): criss-cross attention `recurrence` times, so that everything reaches everything."""
+    """CCNet (https://arxiv.org/abs/1811.11721).
+
+    recurrence: rounds of criss-cross attention; two suffice for every pixel to see all others.
+    """
 
     def __init__(self, *, recurrence: int = 2, **kwargs):
         super().__init__(**kwargs)
-        self.recurrence, self.cca = recurrence, CrissCrossAttention(self.channels)
+        self.recurrence = recurrence
+        self.cca = CrissCrossAttention(self.channels)
 
-    def context(self, x: Tensor) -> Tensor:
+    def context(self, x):
         for _ in range(self.recurrence):
             x = self.cca(x)
         return x
 
 
 class PSPHead(DecodeHead):
-    """Pyramid Scene Parsing (https://arxiv.org/abs/1612.01105): the map pooled to each of `pool_scales` squared, beside the map itself."""
+    """Pyramid Scene Parsing Network (https://arxiv.org/abs/1612.01105).
+
+    pool_scales: side lengths of the grids that the map is pooled to.
+    """
 
     def __init__(self, *, pool_scales: list[int] = (1, 2, 3, 6), **kwargs):
         super().__init__(**kwargs)
         self.psp_modules = PPM(pool_scales, self.in_channels, self.channels, self.align_corners)
-        self.bottleneck = ConvModule(
-            self.in_channels + len(pool_scales) * self.channels, self.channels, 3
-        )
+        ppm_channels = self.in_channels + len(pool_scales) * self.channels
+        self.bottleneck = ConvModule(ppm_channels, self.channels, 3)
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x):
         return self.bottleneck(self.psp_modules(x))
 
 
 class UPerHead(DecodeHead):
-    """Unified Perceptual Parsing (https://arxiv.org/abs/1807.10221): PSPNet's pyramid on the coarsest map, a feature pyramid over all."""
+    """Unified Perceptual Parsing (https://arxiv.org/abs/1807.10221): PSPNet's pyramid and an FPN.
+
+    pool_scales: side lengths of the grids that the coarsest map is pooled to.
+    """
 
     input_transform = "multiple_select"
 
@@ -1898,50 +1969,53 @@ class UPerHead(DecodeHead):
         self.fpn_convs = nn.ModuleList(ConvModule(self.channels, self.channels, 3) for _ in finer)
         self.fpn_bottleneck = ConvModule(len(self.in_channels) * self.channels, self.channels, 3)
 
-    def decode(self, xs: list[Tensor]) -> Tensor:
-        maps = [conv(x) for conv, x in zip(self.lateral_convs, xs)] + [
-            self.bottleneck(self.psp_modules(xs[-1]))
-        ]
+    def decode(self, xs):
+        maps = [conv(x) for conv, x in zip(self.lateral_convs, xs)]
+        maps.append(self.bottleneck(self.psp_modules(xs[-1])))
         for i in reversed(range(len(maps) - 1)):
             maps[i] = maps[i] + resize(maps[i + 1], maps[i], self.align_corners)
-        return self.fpn_bottleneck(
-            self.concat([conv(x) for conv, x in zip(self.fpn_convs, maps)] + maps[-1:])
-        )
+        outputs = [conv(x) for conv, x in zip(self.fpn_convs, maps)]
+        return self.fpn_bottleneck(self.concat([*outputs, maps[-1]]))
 
 
 class FPNHead(DecodeHead):
-    """Panoptic FPN's semantic branch (https://arxiv.org/abs/1901.02446): each map brought up to the finest in steps of two, and added."""
+    """Semantic branch of Panoptic FPN (https://arxiv.org/abs/1901.02446).
+
+    Each map is upsampled to the size of the finest one in steps of two, and all are added up.
+
+    feature_strides: stride of each map with respect to the image, finest first.
+    """
 
     input_transform = "multiple_select"
 
     def __init__(self, *, feature_strides: list[int], **kwargs):
         super().__init__(**kwargs)
-        if (
-            len(feature_strides) != len(self.in_channels)
-            or min(feature_strides) != feature_strides[0]
-        ):
+        finest = min(feature_strides)
+        if len(feature_strides) != len(self.in_channels) or feature_strides[0] != finest:
             raise UserError(
-                f"feature_strides {feature_strides}: one for each of in_channels, the smallest first"
+                f"feature_strides {feature_strides} should have one value for each of in_channels, "
+                "the smallest first"
             )
         self.scale_heads = nn.ModuleList()
-        for c, stride in zip(self.in_channels, feature_strides):
-            layers, up = (
-                [],
-                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=self.align_corners),
-            )
-            for k in range(max(1, int(math.log2(stride / feature_strides[0])))):
-                layers += [ConvModule(self.channels if k else c, self.channels, 3)] + [up] * (
-                    stride != feature_strides[0]
-                )
+        for in_channels, stride in zip(self.in_channels, feature_strides):
+            layers = []
+            for i in range(max(1, int(math.log2(stride / finest)))):
+                layers.append(ConvModule(self.channels if i else in_channels, self.channels, 3))
+                if stride != finest:
+                    layers.append(
+                        nn.Upsample(
+                            scale_factor=2, mode="bilinear", align_corners=self.align_corners
+                        )
+                    )
             self.scale_heads.append(nn.Sequential(*layers))
 
-    def decode(self, xs: list[Tensor]) -> Tensor:
+    def decode(self, xs):
         first, *others = [head(x) for head, x in zip(self.scale_heads, xs)]
         return first + sum(resize(x, first, self.align_corners) for x in others)
 
 
 class SegformerHead(DecodeHead):
-    """SegFormer's all-MLP decoder (https://arxiv.org/abs/2105.15203): 1x1 convolutions alone."""
+    """All-MLP decoder of SegFormer (https://arxiv.org/abs/2105.15203), as 1x1 convolutions."""
 
     input_transform = "multiple_select"
     FIXED = {"interpolate_mode": ["bilinear"]}
@@ -1951,87 +2025,105 @@ class SegformerHead(DecodeHead):
         self.convs = nn.ModuleList(ConvModule(c, self.channels) for c in self.in_channels)
         self.fusion_conv = ConvModule(len(self.in_channels) * self.channels, self.channels)
 
-    def decode(self, xs: list[Tensor]) -> Tensor:
+    def decode(self, xs):
         return self.fusion_conv(self.concat([conv(x) for conv, x in zip(self.convs, xs)]))
 
 
 class ASPPHead(DecodeHead):
-    """DeepLabV3 (https://arxiv.org/abs/1706.05587): convolutions of several `dilations` beside each other, and the image's mean."""
+    """Atrous spatial pyramid pooling of DeepLabV3 (https://arxiv.org/abs/1706.05587).
+
+    dilations: one parallel convolution for each; a dilation of 1 is a 1x1 convolution.
+    """
 
     def __init__(self, *, dilations: list[int] = (1, 6, 12, 18), **kwargs):
         super().__init__(**kwargs)
         self.image_pool = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), ConvModule(self.in_channels, self.channels)
         )
-        self.aspp_modules = nn.ModuleList(self.branch(d) for d in dilations)
+        self.aspp_modules = nn.ModuleList(self.branch(dilation) for dilation in dilations)
         self.bottleneck = ConvModule((len(dilations) + 1) * self.channels, self.channels, 3)
 
-    def branch(self, dilation: int) -> nn.Module:
-        return ConvModule(
-            self.in_channels, self.channels, 1 if dilation == 1 else 3, dilation=dilation
-        )
+    def branch(self, dilation):
+        kernel_size = 1 if dilation == 1 else 3
+        return ConvModule(self.in_channels, self.channels, kernel_size, dilation=dilation)
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x):
         mean = self.image_pool(x).expand(-1, -1, *x.shape[2:])  # (N, channels, h, w)
-        return self.bottleneck(torch.cat([mean, *(m(x) for m in self.aspp_modules)], 1))
+        branches = [module(x) for module in self.aspp_modules]
+        return self.bottleneck(torch.cat([mean, *branches], 1))
 
 
 class DepthwiseSeparableASPPHead(ASPPHead):
-    """DeepLabV3+ (https://arxiv.org/abs/1802.02611): depthwise separable; a decoder with the first map (`c1_in_channels`, 0 for none)."""
+    """DeepLabV3+ (https://arxiv.org/abs/1802.02611): separable convolutions, and a decoder.
+
+    c1_in_channels: channels of the backbone's first map, which the decoder concatenates; 0 for a
+        decoder without it.
+    c1_channels: channels that the map is projected to.
+    """
 
     def __init__(self, *, c1_in_channels: int, c1_channels: int, **kwargs):
         super().__init__(**kwargs)
-        self.c1_bottleneck = ConvModule(c1_in_channels, c1_channels) if c1_in_channels else None
+        self.c1_bottleneck = None
+        decoder_channels = self.channels
+        if c1_in_channels:
+            self.c1_bottleneck = ConvModule(c1_in_channels, c1_channels)
+            decoder_channels += c1_channels
         self.sep_bottleneck = nn.Sequential(
-            SeparableConvModule(self.channels + c1_channels * bool(c1_in_channels), self.channels),
+            SeparableConvModule(decoder_channels, self.channels),
             SeparableConvModule(self.channels, self.channels),
         )
 
-    def branch(self, dilation: int) -> nn.Module:
-        return (
-            super().branch(1)
-            if dilation == 1
-            else SeparableConvModule(self.in_channels, self.channels, dilation=dilation)
-        )
+    def branch(self, dilation):
+        if dilation == 1:
+            return super().branch(dilation)
+        return SeparableConvModule(self.in_channels, self.channels, dilation=dilation)
 
-    def select(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def select(self, features):
         return super().select(features), features[0]
 
-    def decode(self, xs: tuple[Tensor, Tensor]) -> Tensor:
-        y = super().decode(xs[0])
+    def decode(self, xs):
+        x, c1 = xs
+        y = super().decode(x)
         if self.c1_bottleneck is not None:
-            fine = self.c1_bottleneck(xs[1])  # (N, c1_channels, H/4, W/4)
-            y = torch.cat([resize(y, fine, self.align_corners), fine], 1)
+            c1 = self.c1_bottleneck(c1)  # (N, c1_channels, H/4, W/4)
+            y = torch.cat([resize(y, c1, self.align_corners), c1], 1)
         return self.sep_bottleneck(y)
 
 
 class DAHead(DecodeHead):
-    """Dual Attention (https://arxiv.org/abs/1809.02983): over positions (PAM) and over channels (CAM), each with a loss of its own."""
+    """Dual Attention Network (https://arxiv.org/abs/1809.02983).
+
+    Attention over positions (PAM) and over channels (CAM). The two and their sum have a classifier
+    and losses each.
+
+    pam_channels: channels of PAM's queries and keys.
+    """
 
     def __init__(self, *, pam_channels: int, **kwargs):
         super().__init__(**kwargs)
         c = self.channels
-        self.pam_in_conv, self.cam_in_conv = (
-            ConvModule(self.in_channels, c, 3),
-            ConvModule(self.in_channels, c, 3),
-        )
-        self.pam, self.cam = SelfAttentionBlock(c, c, pam_channels, None, norm=False), nn.Module()
-        self.pam.gamma, self.cam.gamma = Scale(), Scale()
-        self.pam_out_conv, self.cam_out_conv = ConvModule(c, c, 3), ConvModule(c, c, 3)
-        self.pam_conv_seg, self.cam_conv_seg = (
-            nn.Conv2d(c, self.out_channels, 1),
-            nn.Conv2d(c, self.out_channels, 1),
-        )
+        self.pam_in_conv = ConvModule(self.in_channels, c, 3)
+        self.cam_in_conv = ConvModule(self.in_channels, c, 3)
+        self.pam = SelfAttentionBlock(c, c, pam_channels, None, norm=False)
+        self.cam = nn.Module()
+        self.pam.gamma = Scale()
+        self.cam.gamma = Scale()
+        self.pam_out_conv = ConvModule(c, c, 3)
+        self.cam_out_conv = ConvModule(c, c, 3)
+        self.pam_conv_seg = nn.Conv2d(c, self.out_channels, 1)
+        self.cam_conv_seg = nn.Conv2d(c, self.out_channels, 1)
 
-    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+    def channel_attention(self, x):  # (N, channels, h, w)
+        energy = x.flatten(2) @ x.flatten(2).transpose(1, 2)  # (N, channels, channels)
+        attention = (energy.amax(2, keepdim=True) - energy).softmax(2).to(x.dtype)
+        return (attention @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+    def forward(self, features):
         x = self.select(features)
-        pam, cam = self.pam_in_conv(x), self.cam_in_conv(x)  # (N, channels, h, w)
+        pam = self.pam_in_conv(x)  # (N, channels, h, w)
+        cam = self.cam_in_conv(x)
         pam = self.pam_out_conv(self.pam.gamma(self.pam(pam, pam)) + pam)
-        energy = cam.flatten(2) @ cam.flatten(2).transpose(1, 2)  # (N, channels, channels)
-        attention = (energy.amax(2, keepdim=True) - energy).softmax(2).to(cam.dtype)
-        cam = self.cam_out_conv(
-            self.cam.gamma((attention @ cam.flatten(2)).unflatten(2, cam.shape[2:])) + cam
-        )
+        cam = self.cam_out_conv(self.cam.gamma(self.channel_attention(cam)) + cam)
         return {
             "pam_cam.": self.conv_seg(self.dropout(pam + cam)),
             "pam.": self.pam_conv_seg(self.dropout(pam)),
@@ -2040,31 +2132,32 @@ class DAHead(DecodeHead):
 
 
 class Encoding(nn.Module):
-    """How far the pixels are, in all, from each of `num_codes` learnt codewords."""
+    """Aggregate the residuals of all pixels to each of `num_codes` learned codewords."""
 
-    def __init__(self, channels: int, num_codes: int):
+    def __init__(self, channels, num_codes):
         super().__init__()
         std = (num_codes * channels) ** -0.5
         self.codewords = nn.Parameter(torch.empty(num_codes, channels).uniform_(-std, std))
         self.scale = nn.Parameter(torch.empty(num_codes).uniform_(-1, 0))
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w) -> (N, num_codes, C)
+    def forward(self, x):  # (N, C, h, w) -> (N, num_codes, C)
         x = x.flatten(2).transpose(1, 2)  # (N, h*w, C)
-        with without_autocast(x.device):  # differences of large numbers
+        with without_autocast(x.device):  # small differences of large numbers
             x = x.to(self.codewords.dtype)
+            # |x - codeword|² = |x|² - 2 x codeword + |codeword|²
             distance = (
                 x.square().sum(2, keepdim=True)
                 - 2 * x @ self.codewords.T
                 + self.codewords.square().sum(1)
             )  # (N, h*w, num_codes)
-            share = (self.scale * distance).softmax(2)
-            return share.transpose(1, 2) @ x - share.sum(1).unsqueeze(2) * self.codewords
+            weights = (self.scale * distance).softmax(2)
+            return weights.transpose(1, 2) @ x - weights.sum(1).unsqueeze(2) * self.codewords
 
 
 class EncModule(nn.Module):
-    """Scales the channels by what the whole image encodes."""
+    """Scale the channels by a function of the encoded image."""
 
-    def __init__(self, channels: int, num_codes: int):
+    def __init__(self, channels, num_codes):
         super().__init__()
         self.encoding_project = ConvModule(channels, channels)
         self.encoding = nn.Sequential(
@@ -2072,13 +2165,18 @@ class EncModule(nn.Module):
         )
         self.fc = nn.Sequential(nn.Linear(channels, channels), nn.Sigmoid())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (N, C, h, w) -> (N, C), (N, C, h, w)
+    def forward(self, x):  # (N, C, h, w) -> (N, C), (N, C, h, w)
         encoded = self.encoding(self.encoding_project(x)).mean(1)
-        return encoded, F.relu(x + x * self.fc(encoded)[:, :, None, None])
+        scale = self.fc(encoded)[:, :, None, None]
+        return encoded, F.relu(x + x * scale)
 
 
 class EncHead(DecodeHead):
-    """EncNet (https://arxiv.org/abs/1803.08904); `use_se_loss`: also learn which classes the image holds."""
+    """EncNet (https://arxiv.org/abs/1803.08904).
+
+    use_se_loss: also learn to predict which classes the image contains.
+    loss_se_decode: the section of that loss, of which only loss_weight can be chosen.
+    """
 
     input_transform = "multiple_select"
     FIXED = {"add_lateral": [False]}
@@ -2091,47 +2189,42 @@ class EncHead(DecodeHead):
         self.enc_module = EncModule(self.channels, num_codes)
         self.se_layer = None
         if use_se_loss:
-            section = {
-                "type": "CrossEntropyLoss",
-                "use_sigmoid": True,
-                "loss_weight": 0.2,
-                **loss_se_decode,
-            }
-            loss = construct(LOSSES, section, "loss_se_decode")
-            if (
-                type(loss) is not CrossEntropyLoss
-                or not loss.use_sigmoid
-                or loss.class_weight is not None
-            ):
+            defaults = {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 0.2}
+            loss = construct(LOSSES, defaults | loss_se_decode, "loss_se_decode")
+            cross_entropy = type(loss) is CrossEntropyLoss and loss.use_sigmoid
+            if not cross_entropy or loss.class_weight is not None:
                 raise UserError(
-                    "loss_se_decode is always CrossEntropyLoss with use_sigmoid and without class_weight; only its loss_weight can be set"
+                    "loss_se_decode is always CrossEntropyLoss with use_sigmoid and without "
+                    "class_weight; only its loss_weight can be set"
                 )
             self.se_weight = loss.loss_weight
             self.se_layer = nn.Linear(self.channels, self.num_classes)
 
-    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+    def forward(self, features):
         encoded, x = self.enc_module(self.bottleneck(self.select(features)[-1]))
         outputs = {"": self.conv_seg(self.dropout(x))}
-        return (
-            outputs if self.se_layer is None else {**outputs, "se": self.se_layer(encoded)}
-        )  # (N, num_classes)
-
-    def loss(self, outputs: dict[str, Tensor], label: Tensor) -> dict[str, Tensor]:
-        found = super().loss({"": outputs[""]}, label)
         if self.se_layer is not None:
-            classes = outputs["se"].shape[1]
+            outputs["se"] = self.se_layer(encoded)  # (N, num_classes)
+        return outputs
+
+    def loss(self, outputs, label):
+        losses = super().loss({"": outputs[""]}, label)
+        if self.se_layer is not None:
+            logits = outputs["se"]
+            classes = logits.shape[1]
             present = torch.zeros(len(label), classes + 1, device=label.device)
-            present = present.scatter_(1, label.long().clamp(max=classes).flatten(1), 1)[
-                :, :-1
-            ]  # (N, num_classes)
-            found["loss_se"] = self.se_weight * F.binary_cross_entropy_with_logits(
-                outputs["se"], present
-            )
-        return found
+            # Ignored pixels go into the last column, which is cut off.
+            present.scatter_(1, label.long().clamp(max=classes).flatten(1), 1)
+            se_loss = F.binary_cross_entropy_with_logits(logits, present[:, :-1])
+            losses["loss_se"] = self.se_weight * se_loss
+        return losses
 
 
 class ANNHead(DecodeHead):
-    """Asymmetric Non-local (https://arxiv.org/abs/1908.07678): keys and values are the map pooled to each of `key_pool_scales` squared."""
+    """Asymmetric Non-local Neural Network (https://arxiv.org/abs/1908.07678).
+
+    key_pool_scales: side lengths of the grids that keys and values are pooled to.
+    """
 
     input_transform = "multiple_select"
     FIXED = {"query_scales": [[1]]}
@@ -2144,33 +2237,41 @@ class ANNHead(DecodeHead):
             raise UserError(
                 f"in_channels {self.in_channels} should be two, of a finer and a coarser map"
             )
-        (low, high), c, p = self.in_channels, self.channels, project_channels
+        low, high = self.in_channels
+        c = self.channels
+        pools = [AdaptiveAvgPool(scale) for scale in key_pool_scales]
 
-        def pool(x: Tensor) -> Tensor:  # (N, C, h, w) -> (N, C, 110)
-            return torch.cat([AdaptiveAvgPool(s)(x).flatten(2) for s in key_pool_scales], 2)
+        def pool(x):  # (N, C, h, w) -> (N, C, number of all grids' cells)
+            return torch.cat([grid(x).flatten(2) for grid in pools], 2)
 
-        self.fusion, self.context = nn.Module(), nn.Module()
-        self.fusion.stages = nn.ModuleList(
-            [SelfAttentionBlock(high, low, p, high, scale=p**-0.5, pool=pool)]
-        )
+        options = {"scale": project_channels**-0.5, "pool": pool}
+        self.fusion = nn.Module()
+        self.context = nn.Module()
+        block = SelfAttentionBlock(high, low, project_channels, high, **options)
+        self.fusion.stages = nn.ModuleList([block])
         self.fusion.bottleneck = ConvModule(2 * high, high, act=None)
         self.bottleneck = ConvModule(high, c, 3)
-        self.context.stages = nn.ModuleList(
-            [SelfAttentionBlock(c, c, p, c, scale=p**-0.5, pool=pool, share=True)]
-        )
+        block = SelfAttentionBlock(c, c, project_channels, c, share=True, **options)
+        self.context.stages = nn.ModuleList([block])
         self.context.bottleneck = ConvModule(2 * c, c)
 
-    def decode(self, xs: list[Tensor]) -> Tensor:
+    def decode(self, xs):
         low, high = xs
-        x = self.fusion.bottleneck(
-            torch.cat([self.fusion.stages[0](high, low), high], 1)
-        )  # (N, high, h, w)
+        fused = self.fusion.stages[0](high, low)  # (N, C of high, h, w)
+        x = self.fusion.bottleneck(torch.cat([fused, high], 1))
         x = self.bottleneck(self.dropout(x))
-        return self.context.bottleneck(torch.cat([self.context.stages[0](x, x), x], 1))
+        context = self.context.stages[0](x, x)  # (N, channels, h, w)
+        return self.context.bottleneck(torch.cat([context, x], 1))
 
 
 class OCRHead(DecodeHead):
-    """Object-Contextual Representations (https://arxiv.org/abs/1909.11065), the second of a cascade: pixels look at each class's mean."""
+    """Object-Contextual Representations (https://arxiv.org/abs/1909.11065).
+
+    The second head of a cascade: each pixel attends to the mean feature of every class, which the
+    first head's prediction defines.
+
+    ocr_channels: channels of queries, keys and values.
+    """
 
     FIXED = {"scale": [1]}
 
@@ -2188,45 +2289,54 @@ class OCRHead(DecodeHead):
         self.object_context_block.bottleneck = ConvModule(2 * self.channels, self.channels)
         self.bottleneck = ConvModule(self.in_channels, self.channels, 3)
 
-    def forward(self, features: list[Tensor], previous: Tensor) -> dict[str, Tensor]:
+    def forward(self, features, previous):
         x = self.bottleneck(self.select(features))  # (N, channels, h, w)
-        share = previous.flatten(2).softmax(2).to(x.dtype)  # (N, num_classes, h*w)
-        objects = (x.flatten(2) @ share.transpose(1, 2)).unsqueeze(
-            3
-        )  # (N, channels, num_classes, 1)
+        weights = previous.flatten(2).softmax(2).to(x.dtype)  # (N, num_classes, h*w)
+        objects = x.flatten(2) @ weights.transpose(1, 2)  # (N, channels, num_classes)
         block = self.object_context_block
-        x = block.bottleneck(torch.cat([block(x, objects), x], 1))
+        context = block(x, objects.unsqueeze(3))  # (N, channels, h, w)
+        x = block.bottleneck(torch.cat([context, x], 1))
         return {"": self.conv_seg(self.dropout(x))}
 
 
-def point_wise_attention(mask: Tensor, mask_size: tuple[int, int], collect: bool) -> Tensor:
-    """PSANet's masks (N, mask_h * mask_w, h, w), each around its pixel, laid out over the image: (N, h*w, h*w), zero beyond the mask.
+def point_wise_attention(mask, mask_size, collect):
+    """Spread PSANet's masks over the map: (N, mask_h * mask_w, h, w) -> (N, h*w, h*w).
 
-    `collect`: column s holds what pixel s's mask gives to each pixel; else row s does.
+    Each pixel's mask is centered on it and weights its surroundings; beyond the mask, weights are
+    0. With `collect`, column s of the result is the mask of pixel s, otherwise row s is.
     """
-    (mh, mw), (h, w) = mask_size, mask.shape[2:]
-    rows = (
-        torch.arange(h, device=mask.device)[:, None]
-        - torch.arange(h, device=mask.device)
-        + (mh - 1) // 2
-    )  # (to, from)
-    columns = (
-        torch.arange(w, device=mask.device)[:, None]
-        - torch.arange(w, device=mask.device)
-        + (mw - 1) // 2
-    )
-    rows, columns = rows[:, None, :, None], columns[None, :, None, :]  # (h, 1, h, 1), (1, w, 1, w)
-    inside = ((rows >= 0) & (rows < mh) & (columns >= 0) & (columns < mw)).reshape(h * w, h * w)
-    index = (rows.clamp(0, mh - 1) * mw + columns.clamp(0, mw - 1)).reshape(1, h * w, h * w)
-    spread = mask.flatten(2).gather(1, index.expand(len(mask), -1, -1)) * inside
-    return spread if collect else spread.transpose(1, 2)
+    mask_h, mask_w = mask_size
+    h, w = mask.shape[2:]
+    y = torch.arange(h, device=mask.device)
+    x = torch.arange(w, device=mask.device)
+    # Row and column of the surrounding pixel (first axis) in the mask of its center (second axis).
+    row = y[:, None] - y + (mask_h - 1) // 2  # (h, h)
+    column = x[:, None] - x + (mask_w - 1) // 2  # (w, w)
+    row = row[:, None, :, None]  # (h, 1, h, 1)
+    column = column[None, :, None, :]  # (1, w, 1, w)
+    inside = (row >= 0) & (row < mask_h) & (column >= 0) & (column < mask_w)  # (h, w, h, w)
+    index = row.clamp(0, mask_h - 1) * mask_w + column.clamp(0, mask_w - 1)
+    index = index.reshape(1, h * w, h * w).expand(len(mask), -1, -1)
+    weights = mask.flatten(2).gather(1, index) * inside.reshape(h * w, h * w)
+    return weights if collect else weights.transpose(1, 2)
 
 
 class PSAHead(DecodeHead):
-    """PSANet (https://hszhao.github.io/papers/eccv18_psanet.pdf): each pixel has a mask of `mask_size` of what it collects from the others
-    ("collect"), gives to them ("distribute"), or both ("bi-direction"), on a map made `shrink_factor` times smaller."""
+    """Point-wise Spatial Attention (https://hszhao.github.io/papers/eccv18_psanet.pdf).
+
+    mask_size: height and width of the mask that each pixel predicts over its surroundings.
+    psa_type: the mask weights what the pixel collects from its surroundings ("collect"), what it
+        gives to them ("distribute"), or there is one mask for each ("bi-direction").
+    shrink_factor: attention works on a map this many times smaller.
+    normalization_factor: divides the result; None is the number of values in a mask.
+    """
 
     FIXED = {"compact": [False]}
+    BRANCHES = {  # suffix of the submodules' names, whether the branch collects
+        "collect": [("", True)],
+        "distribute": [("", False)],
+        "bi-direction": [("", True), ("_p", False)],
+    }
 
     def __init__(
         self,
@@ -2239,45 +2349,44 @@ class PSAHead(DecodeHead):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        ways = {"collect": [True], "distribute": [False], "bi-direction": [True, False]}
-        if psa_type not in ways:
-            raise UserError(f"psa_type is {psa_type!r}; it can be {', '.join(ways)}")
-        self.mask_size, self.shrink_factor, self.psa_softmax = mask_size, shrink_factor, psa_softmax
-        self.ways, c, values = ways[psa_type], self.channels, mask_size[0] * mask_size[1]
+        if psa_type not in self.BRANCHES:
+            raise UserError(f"psa_type is {psa_type!r}; it can be {', '.join(self.BRANCHES)}")
+        self.branches = self.BRANCHES[psa_type]
+        self.mask_size = mask_size
+        self.shrink_factor = shrink_factor
+        self.psa_softmax = psa_softmax
+        c = self.channels
+        values = mask_size[0] * mask_size[1]
         self.normalization_factor = values if normalization_factor is None else normalization_factor
-        for suffix in ("", "_p")[: len(self.ways)]:
-            self.add_module(f"reduce{suffix}", ConvModule(self.in_channels, c))
-            self.add_module(
-                f"attention{suffix}",
-                nn.Sequential(ConvModule(c, c), nn.Conv2d(c, values, 1, bias=False)),
-            )
-        self.proj = ConvModule(
-            c * len(self.ways), self.in_channels, padding=1
-        )  # MMSegmentation pads this 1x1
+        for suffix, _ in self.branches:
+            reduce = ConvModule(self.in_channels, c)
+            attention = nn.Sequential(ConvModule(c, c), nn.Conv2d(c, values, 1, bias=False))
+            self.add_module(f"reduce{suffix}", reduce)
+            self.add_module(f"attention{suffix}", attention)
+        # MMSegmentation pads this 1x1 convolution.
+        self.proj = ConvModule(c * len(self.branches), self.in_channels, padding=1)
         self.bottleneck = ConvModule(2 * self.in_channels, c, 3)
 
-    def decode(self, x: Tensor) -> Tensor:
-        size, align = x.shape[2:], self.align_corners
+    def decode(self, x):
+        size = x.shape[2:]
+        align_corners = self.align_corners
         if self.shrink_factor != 1:
-            align = all(s % self.shrink_factor for s in size)
-            size = [
-                (s - 1) // self.shrink_factor + 1 if align else s // self.shrink_factor
-                for s in size
-            ]
-        seen = []
-        for collect, suffix in zip(self.ways, ("", "_p")):
+            align_corners = all(side % self.shrink_factor for side in size)
+            if align_corners:
+                size = [(side - 1) // self.shrink_factor + 1 for side in size]
+            else:
+                size = [side // self.shrink_factor for side in size]
+        contexts = []
+        for suffix, collect in self.branches:
             y = getattr(self, f"reduce{suffix}")(x)
-            y = F.interpolate(
-                y, size, mode="bilinear", align_corners=align
-            )  # (N, channels, h', w')
-            weights = point_wise_attention(
-                getattr(self, f"attention{suffix}")(y), self.mask_size, collect
-            )  # (N, h'*w', h'*w')
-            weights = weights.softmax(1).to(y.dtype) if self.psa_softmax else weights
-            seen.append(
-                (y.flatten(2) @ weights / self.normalization_factor).unflatten(2, y.shape[2:])
-            )
-        y = resize(self.proj(torch.cat(seen, 1)), x, align)
+            y = F.interpolate(y, size, mode="bilinear", align_corners=align_corners)
+            mask = getattr(self, f"attention{suffix}")(y)  # (N, mask_h * mask_w, h', w')
+            weights = point_wise_attention(mask, self.mask_size, collect)  # (N, h'*w', h'*w')
+            if self.psa_softmax:
+                weights = weights.softmax(1).to(y.dtype)
+            context = y.flatten(2) @ weights / self.normalization_factor  # (N, channels, h'*w')
+            contexts.append(context.unflatten(2, y.shape[2:]))
+        y = resize(self.proj(torch.cat(contexts, 1)), x, align_corners)
         return self.bottleneck(torch.cat([x, y], 1))
 
 
@@ -2303,12 +2412,16 @@ HEADS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------- The whole net
+# -------------------------------------------------------------------------------- The whole network
 class Segmentor(nn.Module):
-    """Backbone, neck and heads. Of a list of decode heads, a cascade, each also gets the logits of the one before.
+    """Backbone, neck and heads.
 
-    forward(image): image (N, C, H, W), normalized -> the (last) decode head's logits (N, out_channels, h, w) at its own resolution.
-    forward(image, label): label (N, H, W) of uint8 or int64, 255 ignored -> a dict of scalar losses, the sum of which is trained.
+    A list of decode heads is a cascade, in which each head also takes the previous one's logits.
+
+    forward(image): (N, C, H, W), normalized -> the last decode head's logits (N, out_channels,
+        h, w), at the head's own resolution.
+    forward(image, label): label (N, H, W), uint8 or int64, 255 where ignored -> a dict of scalar
+        losses, whose sum is trained.
     """
 
     def __init__(
@@ -2320,42 +2433,56 @@ class Segmentor(nn.Module):
         pretrained: str | None = None,
     ):
         super().__init__()
-        self.backbone, self.neck, self.pretrained = backbone, neck, pretrained
-        self.decode_head = (
-            nn.ModuleList(decode_head) if isinstance(decode_head, list) else decode_head
-        )
-        self.auxiliary_head = (
-            nn.ModuleList(auxiliary_head) if isinstance(auxiliary_head, list) else auxiliary_head
-        )
         last = decode_head[-1] if isinstance(decode_head, list) else decode_head
-        self.num_classes, self.out_channels, self.threshold = (
-            last.num_classes,
-            last.out_channels,
-            last.threshold,
-        )
-        self.align_corners, self.in_channels = last.align_corners, backbone.in_channels
+        if isinstance(decode_head, list):
+            decode_head = nn.ModuleList(decode_head)
+        if isinstance(auxiliary_head, list):
+            auxiliary_head = nn.ModuleList(auxiliary_head)
+        self.backbone = backbone
+        self.neck = neck
+        self.decode_head = decode_head
+        self.auxiliary_head = auxiliary_head
+        self.pretrained = pretrained
+        self.in_channels = backbone.in_channels
+        self.num_classes = last.num_classes
+        self.out_channels = last.out_channels
+        self.threshold = last.threshold
+        self.align_corners = last.align_corners
 
     @staticmethod
-    def named(heads: nn.Module | None, name: str) -> list[tuple[str, nn.Module]]:
+    def named_heads(heads, name):
+        if heads is None:
+            return []
         if isinstance(heads, nn.ModuleList):
             return [(f"{name}_{i}", head) for i, head in enumerate(heads)]
-        return [(name, heads)] if heads is not None else []
+        return [(name, heads)]
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         features = self.backbone(image)
         if self.neck is not None:
             features = self.neck(features)
-        losses, logits = {}, None
-        for name, head in self.named(self.decode_head, "decode"):
+        losses = {}
+        logits = None
+        for name, head in self.named_heads(self.decode_head, "decode"):
             outputs = head(features) if logits is None else head(features, logits)
             logits = next(iter(outputs.values()))
             if label is not None:
                 losses |= {f"{name}.{k}": v for k, v in head.loss(outputs, label).items()}
         if label is None:
             return logits
-        for name, head in self.named(self.auxiliary_head, "aux"):
+        for name, head in self.named_heads(self.auxiliary_head, "aux"):
             losses |= {f"{name}.{k}": v for k, v in head.loss(head(features), label).items()}
         return losses
+
+    def class_logits(self, image: Tensor) -> Tensor:
+        """One logit per class, in float32.
+
+        The single logit z of a binary network becomes (0, z), whose softmax is the sigmoid of z.
+        """
+        logits = self(image).float()
+        if logits.size(1) > 1:
+            return logits
+        return torch.cat([torch.zeros_like(logits), logits], 1)
 
     def inference(
         self,
@@ -2365,51 +2492,61 @@ class Segmentor(nn.Module):
         stride: tuple[int, int] | None = None,
         batch_size: int = 1,
     ) -> Tensor:
-        """Class logits (N, num_classes, h, w) of normalized images (N, C, H, W).
+        """Logits (N, num_classes, h, w) of normalized images (N, C, H, W).
 
-        mode "whole": one forward pass, at the head's resolution. mode "slide": windows of `crop_size`
-        (height, width) every `stride` (down, right) pixels, `batch_size` at a time, at the image's resolution;
-        where windows overlap, their logits are averaged.
+        mode: "whole" is one forward pass, whose result has the resolution of the head. "slide"
+            averages the logits of overlapping windows, at the resolution of the image.
+        crop_size, stride: height and width of a window, and the steps down and to the right.
+        batch_size: windows in a forward pass.
         """
         if mode == "whole":
             return self.class_logits(image)
+        return self.slide_inference(image, crop_size, stride, batch_size)
+
+    def slide_inference(
+        self, image: Tensor, crop_size: tuple[int, int], stride: tuple[int, int], batch_size: int
+    ) -> Tensor:
         height, width = image.shape[2:]
-        window_height = min(crop_size[0], height)
-        window_width = min(crop_size[1], width)
-        window_size = (window_height, window_width)
-        tops = window_starts(height, window_height, stride[0])
-        lefts = window_starts(width, window_width, stride[1])
-        windows = [(n, top, left) for n in range(len(image)) for top in tops for left in lefts]
-        total = image.new_zeros(())
+        window_size = (min(crop_size[0], height), min(crop_size[1], width))
+        windows = [
+            (n, slice(y, y + window_size[0]), slice(x, x + window_size[1]))
+            for n in range(len(image))
+            for y in window_starts(height, window_size[0], stride[0])
+            for x in window_starts(width, window_size[1], stride[1])
+        ]
+        channels = max(self.out_channels, 2)  # of class_logits
+        total = image.new_zeros(len(image), channels, height, width, dtype=torch.float32)
         count = image.new_zeros(len(image), 1, height, width)
         for start in range(0, len(windows), batch_size):
             chunk = windows[start : start + batch_size]
-            crops = [image[n, :, y : y + window_height, x : x + window_width] for n, y, x in chunk]
-            logits = self.class_logits(torch.stack(crops))
+            crops = torch.stack([image[n, :, rows, columns] for n, rows, columns in chunk])
             logits = F.interpolate(
-                logits, window_size, mode="bilinear", align_corners=self.align_corners
+                self.class_logits(crops),
+                window_size,
+                mode="bilinear",
+                align_corners=self.align_corners,
             )
-            if start == 0:
-                total = logits.new_zeros(len(image), logits.size(1), height, width)
-            for (n, y, x), window in zip(chunk, logits):
-                total[n, :, y : y + window_height, x : x + window_width] += window
-                count[n, :, y : y + window_height, x : x + window_width] += 1
+            for (n, rows, columns), window in zip(chunk, logits):
+                total[n, :, rows, columns] += window
+                count[n, :, rows, columns] += 1
         return total / count
 
     def inference_tta(
-        self, image: Tensor, size: tuple[int, int], ratios: list[float], **settings
+        self, image: Tensor, size: tuple[int, int], ratios: list[float], **options
     ) -> Tensor:
-        """Log of the mean probabilities (N, num_classes, *size) over every scale in `ratios` and its mirror image.
+        """Log of the mean probabilities (N, num_classes, *size) over all scales and mirror images.
 
-        settings: the keywords of `inference`.
+        ratios: scales of the image; each is also run mirrored.
+        options: keywords of `inference`.
         """
         total = 0.0
         for ratio in ratios:
             scaled_size = [int(side * ratio + 0.5) for side in image.shape[2:]]
             scaled = F.interpolate(image, scaled_size, mode="bilinear", align_corners=False)
             for flip in (False, True):
-                logits = self.inference(scaled.flip(3) if flip else scaled, **settings)
-                logits = logits.flip(3) if flip else logits
+                logits = self.inference(scaled.flip(3) if flip else scaled, **options)
+                if flip:
+                    logits = logits.flip(3)
                 logits = F.interpolate(
                     logits, size, mode="bilinear", align_corners=self.align_corners
                 )
@@ -2417,73 +2554,68 @@ class Segmentor(nn.Module):
         mean = total / (2 * len(ratios))
         return mean.clamp_min(1e-12).log()
 
-    def class_logits(self, image: Tensor) -> Tensor:
-        """One logit per class in float32; a binary network's one logit z becomes (0, z), whose softmax is z's sigmoid."""
-        logits = self(image).float()
-        if logits.size(1) > 1:
-            return logits
-        return torch.cat([torch.zeros_like(logits), logits], 1)
 
-
-def window_starts(size: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one axis; the last one is moved back so that it ends at the border."""
+def window_starts(size, window, stride):
+    """Where windows start along one axis; the last one is moved back to end at the border."""
     last = size - window
     return [min(start, last) for start in range(0, last + stride, stride)]
 
 
-def compiled(net: nn.Module, **options) -> nn.Module:
-    """torch.compile(net), which shall leave three things alone: SyncBN, whose gradient torch 2.11 gets wrong; `frozen_statistics`, which it would
-    lose where SyncBN breaks its graph; the loss's loop.
+def compiled(network: nn.Module, **options) -> nn.Module:
+    """torch.compile(network, **options), with some modules left out of it.
 
-    Said here and not where they stand, since to say it imports the compiler, which takes as long as importing torch.
+    These modules keep running eagerly:
+    - synchronized batch norm, whose gradient torch 2.11 gets wrong when it traces it;
+    - losses, which call autograd in their forward pass;
+    - backbones with activation checkpointing: the compiler cannot trace the `context_fn` that
+      freezes batch norm's statistics.
     """
-    global checkpointed, chunked_loss
-    checkpointed, chunked_loss = (
-        torch.compiler.disable(checkpointed, recursive=False),
-        torch.compiler.disable(chunked_loss),
-    )
-    for module in net.modules():
-        if type(module).__name__ == "SyncBatchNorm":  # torch's, or dist_utils'
+    for module in network.modules():
+        synchronized = isinstance(module, (nn.SyncBatchNorm, dist_utils.SyncBatchNorm))
+        checkpointing = getattr(module, "with_cp", False)
+        if synchronized or checkpointing or isinstance(module, Loss):
+            # Not as a decorator, with which `import models` would import the slow compiler.
             module.forward = torch.compiler.disable(module.forward)
-    return torch.compile(net, **options)
+    return torch.compile(network, **options)
 
 
-# ------------------------------------------------------------------------------------------------------- Config -> network
+# -------------------------------------------------------------------------------- Config -> network
 def fits(value, annotation) -> bool:
-    """Whether a value read from JSON is of an annotated type. An int serves as a float; a bool is never a number."""
+    """Whether a JSON value has the annotated type. An int is also a float, a bool is no number."""
     if annotation in (inspect.Parameter.empty, typing.Any):
         return True
     if annotation in (None, type(None)):
         return value is None
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    args = typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
-        return any(fits(value, a) for a in args)
-    if origin is tuple and isinstance(value, (list, tuple)) and args[-1] is not Ellipsis:
-        return len(value) == len(args) and all(fits(v, a) for v, a in zip(value, args))
+        return any(fits(value, option) for option in args)
     if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(fits(v, args[0]) for v in value)
+        if not isinstance(value, (list, tuple)):
+            return False
+        if origin is tuple and args[-1] is not Ellipsis:
+            return len(value) == len(args) and all(fits(v, a) for v, a in zip(value, args))
+        return all(fits(item, args[0]) for item in value)
     if isinstance(value, bool):
         return annotation is bool
-    return isinstance(value, (int, float) if annotation is float else origin or annotation)
+    if annotation is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, origin or annotation)
 
 
-def keywords(function) -> dict[str, inspect.Parameter]:
-    """The keyword parameters of a function or class; a class that takes **kwargs has its parents' as well."""
+def keywords(function: Callable) -> dict[str, inspect.Parameter]:
+    """The keyword parameters of a function or class.
+
+    A class whose __init__ takes **kwargs also has the keywords of its parent.
+    """
+    functions = [function]
+    if isinstance(function, type):
+        functions = [vars(c)["__init__"] for c in function.__mro__ if "__init__" in vars(c)]
     found = {}
-    for owner in function.__mro__ if isinstance(function, type) else [function]:
-        if isinstance(function, type) and "__init__" not in vars(owner):
-            continue
-        parameters = inspect.signature(
-            vars(owner)["__init__"] if isinstance(function, type) else function
-        ).parameters.values()
-        found = {
-            **{
-                p.name: p
-                for p in parameters
-                if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"
-            },
-            **found,
-        }
+    for init in functions:
+        parameters = inspect.signature(init).parameters.values()
+        by_keyword = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        found = {p.name: p for p in by_keyword if p.name != "self"} | found
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found
@@ -2494,28 +2626,35 @@ def suggest(name: str, right: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"it can be: {', '.join(sorted(right))}"
 
 
-def check_keywords(function, section: dict, place: str) -> None:
-    """Raises ConfigError unless `section` can be the keyword arguments of `function`: known names, none missing, the right types."""
-    known = keywords(function)
+def check_keywords(function: Callable, section: dict, place: str) -> None:
+    """Raise ConfigError unless `section` can be the keyword arguments of a function or class.
+
+    place: where the section stands in the config, such as "model.backbone".
+    """
+    check_parameters(function.__name__, keywords(function), section, place)
+
+
+def check_parameters(
+    name: str, parameters: dict[str, inspect.Parameter], section: dict, place: str
+) -> None:
+    """Like `check_keywords`, but with given parameters; error messages call their owner `name`."""
     for key, value in section.items():
-        if key not in known:
+        if key not in parameters:
             raise ConfigError(
-                f"{place}.{key}: {function.__name__} has no such keyword; {suggest(key, list(known))}"
+                f"{place}.{key}: {name} has no such keyword; {suggest(key, list(parameters))}"
             )
-        annotation = known[key].annotation
+        annotation = parameters[key].annotation
         if not fits(value, annotation):
-            kind = (
-                annotation.__name__
-                if isinstance(annotation, type) and not typing.get_args(annotation)
-                else annotation
-            )
-            raise ConfigError(f"{place}.{key}: is {value!r}, should be of type {kind}")
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in section:
-            raise ConfigError(f"{place}.{name}: is missing; {function.__name__} needs it")
+            plain = isinstance(annotation, type) and not typing.get_args(annotation)
+            expected = annotation.__name__ if plain else annotation
+            raise ConfigError(f"{place}.{key}: is {value!r}, should be of type {expected}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in section:
+            raise ConfigError(f"{place}.{key}: is missing; {name} needs it")
 
 
-# MMSegmentation's keywords that have one value here. A class whose own differ names them in FIXED.
+# Keywords of MMSegmentation that have become automatic, with the values that can be honored. A
+# class adds to them, or has other values, in an attribute of the same name.
 FIXED = {
     "norm_cfg": [{"type": "BN"}, {"type": "SyncBN"}],
     "act_cfg": [{"type": "ReLU"}],
@@ -2529,30 +2668,35 @@ FIXED = {
     "reduction": ["mean"],
     "use_mask": [False],
 }
+NO_EFFECT = [("requires_grad", True), ("inplace", True), ("inplace", False)]  # in norm_cfg, act_cfg
 
 
-def without_fixed(cls: type, section: dict, place: str) -> dict:
-    """`section` without the keywords that have become automatic; a value that cannot be honored is a ConfigError."""
-    fixed, known, kept = {**FIXED, **getattr(cls, "FIXED", {})}, keywords(cls), {}
+def without_fixed(cls, section, place):
+    """`section` without the keywords in FIXED; ConfigError if one has another value than there."""
+    fixed = FIXED | getattr(cls, "FIXED", {})
+    known = keywords(cls)
+    kept = {}
     for key, value in section.items():
         if key in known or key not in fixed:
             kept[key] = value
             continue
-        if isinstance(value, dict):  # "SyncBN", requires_grad: what happens anyway
-            value = {
-                k: v
-                for k, v in value.items()
-                if (k, v) not in (("requires_grad", True), ("inplace", True), ("inplace", False))
-            }
-        if (list(value) if isinstance(value, tuple) else value) not in fixed[key]:
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if (k, v) not in NO_EFFECT}
+        elif isinstance(value, tuple):
+            value = list(value)
+        if value not in fixed[key]:
             raise ConfigError(
-                f"{place}.{key}: is {value!r}; in {cls.__name__} it is always {fixed[key][0]!r}. Leave the key out"
+                f"{place}.{key}: is {value!r}; in {cls.__name__} it is always {fixed[key][0]!r}. "
+                "Leave the key out"
             )
     return kept
 
 
-def construct(table: dict, section: dict, place: str):
-    """`{"type": "PSPHead", "channels": 512, ...}` -> `table["PSPHead"](channels=512, ...)`; `place` leads the error messages."""
+def construct(table: dict[str, type], section: dict, place: str):
+    """Build `table[type](**keywords)` from a section {"type": type, **keywords}.
+
+    place: where the section stands in the config; error messages begin with it.
+    """
     section = {key: value for key, value in section.items() if key != "init_cfg"}
     kind = str(section.pop("type", None)).removeprefix("mmpretrain.")
     if kind not in table:
@@ -2561,37 +2705,33 @@ def construct(table: dict, section: dict, place: str):
     check_keywords(table[kind], section, place)
     try:
         return table[kind](**section)
-    except ConfigError as error:  # of a section within this one
+    except ConfigError as error:  # in a section within this one
         raise ConfigError(f"{place}.{error}") from None
     except UserError as error:
         raise ConfigError(f"{place}: {error}") from error
-    except (
-        TypeError,
-        RuntimeError,
-        LookupError,
-        ArithmeticError,
-    ) as error:  # what torch says of a value that cannot be, or a slip in a net of one's own
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
+        # An invalid value that only torch notices, or a bug in a user's module.
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
-            f"{place}: {kind} cannot be built of these values: {error} ({os.path.basename(where.filename)}, line {where.lineno})"
+            f"{place}: {kind} cannot be built of these values: {error} "
+            f"({os.path.basename(where.filename)}, line {where.lineno})"
         ) from error
 
 
 def build_model(cfg: dict) -> Segmentor:
-    """A config's `model` section, or an MMSegmentation `model` dict -> Segmentor. Reads no files and leaves `cfg` as it is."""
+    """Build the network of a config's `model` section, or of an MMSegmentation `model` dict.
+
+    Reads no files and does not change `cfg`. Raises ConfigError.
+    """
     cfg = dict(cfg)
     kind = cfg.pop("type", "EncoderDecoder")
     if kind not in ("EncoderDecoder", "CascadeEncoderDecoder"):
         raise ConfigError(
-            f"model.type: is {kind!r}; it can be EncoderDecoder or CascadeEncoderDecoder, or left out"
+            f"model.type: is {kind!r}; it can be EncoderDecoder or CascadeEncoderDecoder, or left "
+            "out"
         )
-    for key in (
-        "num_stages",
-        "data_preprocessor",
-        "train_cfg",
-        "test_cfg",
-        "init_cfg",
-    ):  # belong to other sections here, or are automatic
+    # Automatic, or part of another section here.
+    for key in ("num_stages", "data_preprocessor", "train_cfg", "test_cfg", "init_cfg"):
         cfg.pop(key, None)
     check_keywords(assemble, cfg, "model")
     return assemble(**cfg)
@@ -2605,174 +2745,166 @@ def assemble(
     neck: dict | None = None,
     pretrained: str | None = None,
 ) -> Segmentor:
-    def heads(section: dict | list[dict] | None, place: str) -> nn.Module | list[nn.Module] | None:
-        if isinstance(section, (list, tuple)):
-            return [construct(HEADS, s, f"{place}.{i}") for i, s in enumerate(section)]
-        return construct(HEADS, section, place) if section else None
-
     if not decode_head:
         raise ConfigError(
             'model.decode_head: is empty; name a head, such as {"type": "FCNHead", ...}'
         )
     backbone = dict(backbone)
-    init = backbone.get("init_cfg") or {}
-    weights = (
-        backbone.pop("pretrained", None)
-        or pretrained
-        or (init.get("checkpoint") if isinstance(init, dict) else None)
-    )
-    if not isinstance(weights, str | None):
+    init_cfg = backbone.get("init_cfg")
+    pretrained = backbone.pop("pretrained", None) or pretrained
+    if not pretrained and isinstance(init_cfg, dict):
+        pretrained = init_cfg.get("checkpoint")
+    if not isinstance(pretrained, str | None):
         raise ConfigError(
-            f"model.backbone.pretrained: is {weights!r}, should be the name of weights, a URL, a file or null"
+            f"model.backbone.pretrained: is {pretrained!r}, should be the name of weights, a URL, "
+            "a file or null"
         )
     return Segmentor(
         construct(BACKBONES, backbone, "model.backbone"),
-        heads(decode_head, "model.decode_head"),
-        heads(auxiliary_head, "model.auxiliary_head"),
+        build_heads(decode_head, "model.decode_head"),
+        build_heads(auxiliary_head, "model.auxiliary_head"),
         construct(NECKS, neck, "model.neck") if neck else None,
-        weights,
+        pretrained,
     )
 
 
-# ---------------------------------------------------------------------------------------------------- Weights from files
+def build_heads(section, place):
+    if isinstance(section, (list, tuple)):
+        return [construct(HEADS, head, f"{place}.{i}") for i, head in enumerate(section)]
+    return construct(HEADS, section, place) if section else None
+
+
+# ------------------------------------------------------------------------------- Weights from files
 OPENMMLAB = "https://download.openmmlab.com/"
-PRETRAINED = {  # the names that MMSegmentation's configs use
-    **{
-        name: f"{OPENMMLAB}pretrain/third_party/{file}.pth"
-        for name, file in {
-            "open-mmlab://resnet18_v1c": "resnet18_v1c-b5776b93",
-            "open-mmlab://resnet50_v1c": "resnet50_v1c-2cccc1ad",
-            "open-mmlab://resnet101_v1c": "resnet101_v1c-e67eebb6",
-            "open-mmlab://resnext50_32x4d": "resnext50-32x4d-0ab1a123",
-            "open-mmlab://resnext101_32x4d": "resnext101_32x4d-a5af3160",
-            "open-mmlab://resnext101_64x4d": "resnext101_64x4d-ee2c6f71",
-            "open-mmlab://msra/hrnetv2_w18_small": "hrnetv2_w18_small-b5a04e21",
-            "open-mmlab://msra/hrnetv2_w18": "hrnetv2_w18-00eb2006",
-            "open-mmlab://msra/hrnetv2_w48": "hrnetv2_w48-d2186c55",
-        }.items()
-    },
-    "mmcls://mobilenet_v2": f"{OPENMMLAB}mmclassification/v0/mobilenet_v2/mobilenet_v2_batch256_imagenet_20200708-3b2dc3af.pth",
+PRETRAINED = {  # name in MMSegmentation's configs -> path on that server
+    "open-mmlab://resnet18_v1c": "pretrain/third_party/resnet18_v1c-b5776b93.pth",
+    "open-mmlab://resnet50_v1c": "pretrain/third_party/resnet50_v1c-2cccc1ad.pth",
+    "open-mmlab://resnet101_v1c": "pretrain/third_party/resnet101_v1c-e67eebb6.pth",
+    "open-mmlab://resnext50_32x4d": "pretrain/third_party/resnext50-32x4d-0ab1a123.pth",
+    "open-mmlab://resnext101_32x4d": "pretrain/third_party/resnext101_32x4d-a5af3160.pth",
+    "open-mmlab://resnext101_64x4d": "pretrain/third_party/resnext101_64x4d-ee2c6f71.pth",
+    "open-mmlab://msra/hrnetv2_w18_small": "pretrain/third_party/hrnetv2_w18_small-b5a04e21.pth",
+    "open-mmlab://msra/hrnetv2_w18": "pretrain/third_party/hrnetv2_w18-00eb2006.pth",
+    "open-mmlab://msra/hrnetv2_w48": "pretrain/third_party/hrnetv2_w48-d2186c55.pth",
+    "mmcls://mobilenet_v2": "mmclassification/v0/mobilenet_v2/"
+    "mobilenet_v2_batch256_imagenet_20200708-3b2dc3af.pth",
 }
 
 
 def load_pretrained(model: Segmentor) -> str | None:
-    """Loads what the config's `pretrained` names into the backbone and returns a report; None if it names nothing.
+    """Load what the config's `pretrained` names into the backbone, and return a report.
 
-    A torchvision weight name (IMAGENET1K_V1, torchvision://resnet50), one of PRETRAINED, a URL or a file. ConfigError if it cannot be had.
+    It can be the name of torchvision's weights (IMAGENET1K_V1, torchvision://resnet50), a name in
+    PRETRAINED, a URL or a file. Returns None if it is null. Raises ConfigError.
     """
     name = model.pretrained
     if name is None:
         return None
-    if os.path.exists(name):
-        try:
-            state = read_weights(name)
-        except UserError as error:
-            raise ConfigError(
-                f"model.backbone.pretrained: {name} cannot be read as weights: {error}"
-            ) from None
-    else:
-        state = fetch(name, model.backbone.torchvision_name)
-    state = plain_state(state)
-    if any(key.startswith("backbone.") for key in state):
-        state = {
-            key.removeprefix("backbone."): value
-            for key, value in state.items()
-            if key.startswith("backbone.")
-        }
-    if any(key.startswith("features.") for key in state):
-        state = model.backbone.from_torchvision(state)
+    backbone = model.backbone
     try:
-        return f"pretrained {name}: " + load_matching(model.backbone, state)
-    except ConfigError as error:
-        raise ConfigError(
-            f"model.backbone.pretrained: {name}: {error}. Name weights of this backbone, or null"
-        ) from None
+        exists = os.path.exists(name)
+        state = read_weights(name) if exists else fetch(name, backbone.torchvision_name)
+        state = plain_state(state)
+        of_backbone = [key for key in state if key.startswith("backbone.")]
+        if of_backbone:
+            state = {key.removeprefix("backbone."): state[key] for key in of_backbone}
+        if any(key.startswith("features.") for key in state):
+            state = backbone.from_torchvision(state)
+        return f"pretrained {name}: {load_matching(backbone, state)}"
+    except UserError as error:
+        raise ConfigError(f"model.backbone.pretrained: {name} cannot be loaded: {error}") from None
 
 
 class Absent:
-    """Takes the place of the log that MMEngine keeps in its checkpoints as Python objects, so that the tensors beside it can be read. Does nothing."""
+    """Stands in for the log objects that MMEngine pickles into its checkpoints. Does nothing.
 
-    def __init__(self, *arguments: object, **keywords: object): ...
+    With it, the tensors beside them can be read.
+    """
 
-    def __setstate__(self, state: object) -> None: ...
+    def __init__(self, *args, **kwargs): ...
 
-    def __setitem__(self, key: object, value: object) -> None: ...
+    def __setstate__(self, state): ...
+
+    def __setitem__(self, key, value): ...
 
 
 def read_weights(path: str | os.PathLike) -> dict:
-    """The dict in a file, onto the CPU, without running code that may be in it. Raises ValueError with what is wrong."""
+    """Read the dict in a file onto the CPU, without running code that it may contain.
+
+    Raises UserError with what is wrong with the file.
+    """
     try:
-        names = []
-        if zipfile.is_zipfile(
-            path
-        ):  # torch.save writes a CRC-32 of each record, which torch.load does not look at
+        absent = []
+        if zipfile.is_zipfile(path):
+            # torch.save writes a CRC-32 of each record, which torch.load does not check.
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"record {damaged} does not match its checksum")
-            names = [
-                n
-                for n in torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                if re.match(r"(mmengine|numpy)\.|builtins\.getattr$", n)
+            absent = [
+                (Absent, name)
+                for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                if re.match(r"(mmengine|numpy)\.|builtins\.getattr$", name)
             ]
-        with torch.serialization.safe_globals([(Absent, name) for name in names]):
+        with torch.serialization.safe_globals(absent):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise UserError(
-                f"it holds a {type(content).__name__}, where a dict of tensors is expected"
-            )
-        return content
-    except Exception as error:  # damage can show anywhere in the reader
-        raise UserError(
-            re.sub(r"\x1b\[\d+m", "", str(error)).splitlines()[0]
-            if str(error)
-            else type(error).__name__
-        ) from None
+    except Exception as error:  # a damaged file can make any part of the reader fail
+        message = re.sub(r"\x1b\[\d+m", "", str(error)) or type(error).__name__  # without colors
+        raise UserError(message.splitlines()[0]) from None
+    if not isinstance(content, dict):
+        raise UserError(f"it holds a {type(content).__name__}; expected a dict of tensors")
+    return content
 
 
-def fetch(name: str, net: str | None) -> dict:
-    """From torch.hub's cache or the network."""
-    url = PRETRAINED.get(name, name)
-    if name.startswith("torchvision://") or re.fullmatch(r"IMAGENET1K_\w+|DEFAULT", name):
-        import torchvision  # here, because its import takes as long as torch's, whose compiler it brings
+def fetch(name, backbone_name):
+    """Get weights from torch.hub's cache or the network. Raises UserError.
 
-        if net not in torchvision.models.list_models():
-            raise ConfigError(
-                f"model.backbone.pretrained: torchvision has no weights {name} for this backbone"
-            )
-        if name.startswith("torchvision://") and name != f"torchvision://{net}":
-            raise ConfigError(
-                f"model.backbone.pretrained: {name} is not of this backbone, which is torchvision://{net}"
-            )
-        weights, key = (
-            torchvision.models.get_model_weights(net).__members__,
-            re.sub("^torchvision://.*", "IMAGENET1K_V1", name),
-        )
-        if key not in weights:
-            raise ConfigError(
-                f"model.backbone.pretrained: {net} has no weights {name}; {suggest(name, list(weights))}"
-            )
-        url = weights[key].url
+    backbone_name: torchvision's name of the backbone; None if torchvision lacks it.
+    """
+    url = name
+    if name in PRETRAINED:
+        url = OPENMMLAB + PRETRAINED[name]
+    elif name.startswith("torchvision://") or re.fullmatch(r"IMAGENET1K_\w+|DEFAULT", name):
+        url = torchvision_url(name, backbone_name)
     if not url.startswith(("http://", "https://", "file://")):
-        raise ConfigError(
-            f"model.backbone.pretrained: {name} is no file, no URL and no name of weights; names are IMAGENET1K_V1, "
-            f"{', '.join(PRETRAINED)}"
+        raise UserError(
+            "there is no such file, and it is neither a URL nor a name of weights. Names are "
+            f"IMAGENET1K_V1, {', '.join(PRETRAINED)}"
         )
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the network, the address or the file
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise ConfigError(
-            f"model.backbone.pretrained: {name} cannot be fetched from {url} ({error}). Fetch it where there is a network "
-            f"and put it into {folder}, or name the file: --options model.backbone.pretrained=/path/to/{url.split('/')[-1]}"
+    except Exception as error:  # the network, the URL or the file can be at fault
+        cache = os.path.join(torch.hub.get_dir(), "checkpoints")
+        file = url.split("/")[-1]
+        raise UserError(
+            f"{url} cannot be downloaded ({error}). Download it on a machine with network access "
+            f"and put it into {cache}, or name the file: "
+            f"--options model.backbone.pretrained=/path/to/{file}"
         ) from None
 
 
-def load_weights(model: Segmentor, state: dict) -> str:
-    """Loads every tensor of `state` whose name and shape are the model's, and returns a report that names the others.
+def torchvision_url(name, backbone_name):
+    import torchvision  # here, because it imports torch's compiler, which is slow
 
-    `state`: of this code, of MMSegmentation (a checkpoint or its state_dict), or of torchvision's fcn_resnet and deeplabv3_resnet.
-    ConfigError if nothing matches.
+    if backbone_name not in torchvision.models.list_models():
+        raise UserError("torchvision has no weights for this backbone")
+    if name.startswith("torchvision://"):
+        if name != f"torchvision://{backbone_name}":
+            raise UserError(f"this backbone is torchvision://{backbone_name}")
+        name = "IMAGENET1K_V1"
+    weights = torchvision.models.get_model_weights(backbone_name).__members__
+    if name not in weights:
+        raise UserError(f"{backbone_name} has no such weights; {suggest(name, list(weights))}")
+    return weights[name].url
+
+
+def load_weights(model: Segmentor, state: dict) -> str:
+    """Load every tensor of `state` that matches the model's by name and shape.
+
+    state: of this code, of MMSegmentation (a checkpoint or its state_dict), or of torchvision's
+        fcn_resnet and deeplabv3_resnet.
+
+    Returns a report that names all other tensors. Raises ConfigError if none matches.
     """
     state = plain_state(state)
     if any(key.startswith("classifier.") for key in state):
@@ -2793,10 +2925,11 @@ def load_weights(model: Segmentor, state: dict) -> str:
     return load_matching(model, state)
 
 
-def plain_state(state: dict) -> dict[str, Tensor]:
-    """The tensors alone, out of a checkpoint's `state_dict`, without a wrapper's `module.`."""
+def plain_state(state):
+    """The tensors of a state_dict, or of a checkpoint with one, without DDP's prefix `module.`."""
     for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state.get(key), dict) else state
+        if isinstance(state.get(key), dict):
+            state = state[key]
     return {
         key.removeprefix("module."): value
         for key, value in state.items()
@@ -2805,33 +2938,32 @@ def plain_state(state: dict) -> dict[str, Tensor]:
 
 
 def load_matching(module: nn.Module, state: dict[str, Tensor]) -> str:
+    """Load every tensor of `state` that matches the module's by name and shape; return a report."""
     own = module.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    counted = [
-        k for k in own if own[k].is_floating_point()
-    ]  # a counter of batches has one shape in every net
-    if not any(k in fitting for k in counted):
+    shared = [key for key in state if key in own]
+    matching = {key: state[key] for key in shared if state[key].shape == own[key].shape}
+    # Only floating-point tensors count: batch norm's counters match in any network.
+    counted = [key for key in own if own[key].is_floating_point()]
+    loaded = [key for key in counted if key in matching]
+    if not loaded:
         raise ConfigError(
-            f"none of the {len(state)} tensors fits this net: it has {', '.join(list(own)[:3])}, ..., "
-            f"the file {', '.join(list(state)[:3]) or 'none'}, ..."
+            f"none of the {len(state)} tensors fits this network: it has "
+            f"{', '.join(list(own)[:3])}, ..., the file {', '.join(list(state)[:3]) or 'none'}, ..."
         )
-    module.load_state_dict(fitting, strict=False)
-
-    def listed(title: str, names: list[str]) -> str:
-        return (
-            f"; {title}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
-            if names
-            else ""
-        )
-
-    wrong = [
-        f"{k} {tuple(v.shape)} in the file, {tuple(own[k].shape)} here"
-        for k, v in state.items()
-        if k in own and k not in fitting
-    ]
-    return (
-        f"loaded {sum(k in fitting for k in counted)} of {len(counted)} tensors"
-        + listed("left out, of another shape", wrong)
-        + listed("missing in the file", [k for k in counted if k not in state])
-        + listed("in the file alone", [k for k in state if k not in own])
-    )
+    module.load_state_dict(matching, strict=False)
+    report = f"loaded {len(loaded)} of {len(counted)} tensors"
+    others = {
+        "skipped, of another shape": [
+            f"{key} {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} here"
+            for key in shared
+            if key not in matching
+        ],
+        "missing in the file": [key for key in counted if key not in state],
+        "only in the file": [key for key in state if key not in own],
+    }
+    for title, keys in others.items():
+        if keys:
+            report += f"; {title}: {', '.join(keys[:20])}"
+        if len(keys) > 20:
+            report += f" and {len(keys) - 20} more"
+    return report
