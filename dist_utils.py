@@ -1,6 +1,6 @@
-"""Processes: their start, synchronized batch norm, averages over them, stop signals. Knows no other module.
+"""Distributed training: start-up, collectives, synchronized batch norm and stop signals.
 
-Everything works without a process group too: then there is one process, rank 0 of 1.
+Everything also works without a process group: a single process is rank 0 of 1.
 """
 
 import contextlib
@@ -15,23 +15,30 @@ import uuid
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# torch 2.14 renamed all_gather_into_tensor.
+_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class UserError(Exception):
-    """An error that the user can fix. Its message says what is wrong, where, and what to do; it is printed without a traceback."""
+    """An error that the user can fix; printed without a traceback.
+
+    The message says what is wrong, where, and what to do about it.
+    """
 
 
 class ProcessError(UserError):
     """The processes cannot start, or one of them was lost."""
 
 
-_all_gather_single = getattr(
-    dist, "all_gather_single", dist.all_gather_into_tensor
-)  # its name since torch 2.14
-COMMUNICATION = (
-    dist.DistError,
-    ProcessError,
-)  # gloo's own errors are plain RuntimeErrors that say gloo
+def is_communication_error(error: Exception) -> bool:
+    """Whether a collective failed, which usually means that another process is gone."""
+    # gloo raises plain RuntimeErrors that mention its name.
+    return isinstance(error, (dist.DistError, ProcessError)) or "gloo" in str(error).lower()
+
+
+# ---------------------------------------------------------------------------------------- Start-up
 
 
 def rank() -> int:
@@ -43,106 +50,130 @@ def world_size() -> int:
 
 
 def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
-    """Joins the processes that torchrun (or launch_slurm.py) started and returns this one's device; a second call changes nothing.
+    """Joins the process group that torchrun or launch_slurm.py set up; returns this rank's device.
 
-    NCCL connects GPUs, gloo CPUs. `store`: where the processes meet, in place of MASTER_ADDR and MASTER_PORT.
-    `timeout`: seconds that a process waits for the others before it ends with an error.
+    GPUs communicate through NCCL, CPUs through gloo. A single process needs no group, and another
+    call changes nothing.
+
+    store: where the ranks meet, instead of at MASTER_ADDR:MASTER_PORT.
+    timeout: seconds to wait for the other ranks, here and in every collective.
     """
-    local_rank, local_world = (
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-    )
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ProcessError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible, {local_world} processes. "
-                f"Start with --nproc_per_node={torch.cuda.device_count()}."
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    elif local_world > 1:  # torchrun leaves one thread to each process, whatever the machine has
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    device = _select_device()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
-    missing = [
-        name
-        for name in ["RANK"] + ["MASTER_ADDR", "MASTER_PORT"] * (store is None)
-        if name not in os.environ
-    ]
-    if missing:
-        raise ProcessError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but there is no {', '.join(missing)}. Start several processes by "
-            "torchrun or launch_slurm.py; for one alone, unset WORLD_SIZE."
-        )
-    number, processes, limit = (
-        int(os.environ["RANK"]),
-        int(os.environ["WORLD_SIZE"]),
-        datetime.timedelta(seconds=timeout),
-    )
+    _check_environment(needs_address=store is None)
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    limit = datetime.timedelta(seconds=timeout)
+    is_cuda = device.type == "cuda"
     try:
-        store = store or _store_of_this_start(
-            next(dist.rendezvous("env://", timeout=limit))[0], number, processes, timeout
-        )
+        if store is None:
+            shared_store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+            store = _store_for_this_start(shared_store, rank, world_size, timeout)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if is_cuda else "gloo",
             timeout=limit,
             store=store,
-            rank=number,
-            world_size=processes,
-            device_id=device if device.type == "cuda" else None,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if is_cuda else None,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ProcessError(
-            f"rank {number} cannot meet the others at {address}: {str(error).splitlines()[0]} If another job "
-            "holds that port, choose a free one (torchrun --standalone, or --master_port); if not, see that all were started and that "
-            "rank 0's machine can be reached under that name."
+            f"rank {rank} cannot meet the other ranks at {address}: {str(error).splitlines()[0]}\n"
+            "If another job uses that port, choose a free one (torchrun --standalone, or "
+            "--master_port). Otherwise check that all ranks were started and can reach rank 0's "
+            "machine under that name."
         ) from None
     except RuntimeError as error:
         if "gloo" not in str(error).lower():
             raise
         raise ProcessError(
-            f"rank {number} cannot connect to the others: {str(error).splitlines()[0]} What they printed last may say why."
+            f"rank {rank} cannot connect to the other ranks: {str(error).splitlines()[0]}\n"
+            "The last lines that they printed may say why."
         ) from None
     return device
 
 
-def _store_of_this_start(
-    store: dist.Store, number: int, processes: int, timeout: float
+def _select_device() -> torch.device:
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not torch.cuda.is_available():
+        # torchrun limits each process to one thread, however many cores there are.
+        if local_world_size > 1:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // local_world_size))
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ProcessError(
+            f"process {local_rank} on this machine has no GPU: there are {local_world_size} "
+            f"processes but {gpus} visible GPUs. Start with --nproc_per_node={gpus}."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _check_environment(needs_address: bool) -> None:
+    """Raises ProcessError if a variable that torchrun sets is missing."""
+    required = ["RANK"]
+    if needs_address:
+        required += ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in required if name not in os.environ]
+    if missing:
+        raise ProcessError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but there is no "
+            f"{', '.join(missing)}. Start several processes with torchrun or launch_slurm.py; "
+            "to run a single process, unset WORLD_SIZE."
+        )
+
+
+def _store_for_this_start(
+    store: dist.Store, rank: int, world_size: int, timeout: float
 ) -> dist.Store:
-    """A part of `store` with nothing of an earlier start in it. torchrun 2.14 keeps its store over --max-restarts, with addresses of the dead.
+    """The part of `store` under a prefix that no earlier start of this run has used.
 
-    Rank 0 names the start, each other process answers with that name and one of its own, rank 0 lists these: what was left behind has other names.
+    torchrun 2.14 keeps its store across --max-restarts, so the store may still hold the addresses
+    of dead processes. The ranks therefore agree on a new random prefix:
+
+    1. Rank 0 proposes a prefix.
+    2. Every other rank answers with the prefix that it reads and a random token of its own.
+    3. Once every answer names its prefix, rank 0 confirms by listing the answers under it.
+    4. A rank that finds its own answer listed is done. Otherwise it read a prefix left over from
+       an earlier start, and answers again.
     """
-    own, end = uuid.uuid4().hex, time.monotonic() + timeout
-
-    def wait(for_whom: int) -> None:
-        if time.monotonic() > end:
-            raise ProcessError(
-                f"rank {for_whom} did not come within {timeout:.0f} s (the config's timeout): see what it printed last"
-            )
-        time.sleep(0.05)
+    token = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout
 
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
 
-    if number == 0:
-        store.set("start", own)
+    def pause(missing_rank: int) -> None:
+        if time.monotonic() > deadline:
+            raise ProcessError(
+                f"rank {missing_rank} did not start within {timeout:.0f} s (the config's timeout); "
+                "its last output may say why"
+            )
+        time.sleep(0.05)
+
+    if rank == 0:
+        store.set("prefix", token)
         answers = []
-        for other in range(1, processes):
-            while not (answer := read(f"answer/{other}")).startswith(own):
-                wait(other)
+        for other in range(1, world_size):
+            while not (answer := read(f"answer/{other}")).startswith(token):
+                pause(other)
             answers.append(answer)
-        store.set(own, "\n".join(answers))
-        return dist.PrefixStore(own, store)
+        store.set(token, "\n".join(answers))
+        return dist.PrefixStore(token, store)
     while True:
-        start = read("start")
-        answer = f"{start} {own}"
-        if start and answer in read(start):
-            return dist.PrefixStore(start, store)
-        store.set(f"answer/{number}", answer)
-        wait(0)
+        prefix = read("prefix")
+        answer = f"{prefix} {token}"
+        if prefix and answer in read(prefix):
+            return dist.PrefixStore(prefix, store)
+        store.set(f"answer/{rank}", answer)
+        pause(0)
 
 
 def cleanup() -> None:
@@ -151,127 +182,167 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
+# ------------------------------------------------------------------------------------- Collectives
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Adds up `tensor` over all processes, in place."""
+    """Sums `tensor` over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def broadcast_object(thing: object) -> object:
-    """Rank 0's `thing` (picklable, small) on every process."""
-    things = [thing]
+def all_gather(vector: Tensor) -> Tensor:
+    """Every process's `vector` (C), as rows: (world_size, C).
+
+    For small vectors this is twice as fast as gloo's all_reduce, and the rows can be summed in an
+    order that never changes.
+    """
+    gathered = vector.new_empty(world_size() * len(vector))
+    _all_gather_single(gathered, vector)
+    return gathered.view(world_size(), -1)
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's `value`, small and picklable, on every process."""
+    values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(things)
-    return things[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 class AsyncMean:
-    """The mean of a small vector over all processes, worked out while the device goes on with other work.
+    """The mean of a small vector over all processes, computed while the device does other work.
 
-    It starts at once. `result()` waits for this vector alone, never for what was queued on the device after it.
+    The reduction starts at once, and changes `vector`. `result()` waits for this vector only, not
+    for work that was queued on the device after it.
     """
 
     def __init__(self, vector: Tensor, timeout: float = 600):
-        self.timeout, self.work, self.event = timeout, None, None
+        self.timeout = timeout
+        self.work = None
+        self.event = None
         if world_size() > 1:
             vector /= world_size()
             self.work = dist.all_reduce(vector, async_op=True)
         if vector.is_cuda:
-            if self.work:
-                self.work.wait()  # the stream waits, not the host
+            if self.work is not None:
+                self.work.wait()  # blocks the stream, not the host
             vector = vector.to("cpu", non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
         self.vector = vector
 
     def result(self) -> list[float]:
-        if self.event:
-            end = (
-                time.monotonic() + 0.8 * self.timeout
-            )  # a lost process would leave event.synchronize() waiting for ever
+        if self.event is not None:
+            # Poll, because event.synchronize() would wait forever for a lost process. Give up
+            # before NCCL's watchdog, which kills this process without an explanation.
+            deadline = time.monotonic() + 0.8 * self.timeout
             while not self.event.query():
-                if (
-                    time.monotonic() > end
-                ):  # before NCCL's own watchdog, which would end this process without a word
+                if time.monotonic() > deadline:
                     raise ProcessError(
                         f"no answer from the other processes for {self.timeout:.0f} s"
                     )
                 time.sleep(1e-4)
-        elif self.work:
+        elif self.work is not None:
             self.work.wait()
         return self.vector.tolist()
 
 
-def all_gather(vector: Tensor) -> Tensor:
-    """Every process's `vector` (C): (world_size, C). For small ones twice as fast as gloo's all_reduce, and its sum has one order."""
-    rows = vector.new_empty(world_size() * len(vector))
-    _all_gather_single(rows, vector)
-    return rows.view(world_size(), -1)
+def lost_ranks(patience: float = 5) -> list[int]:
+    """The ranks that no longer respond. Call it on every rank after a collective has failed.
+
+    Each rank that is still running reports to the store, waits `patience` seconds, and reads which
+    others have reported.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    alive = []
+
+    def report_and_read() -> None:
+        # The store is gone if the process that held it is.
+        with contextlib.suppress(RuntimeError):
+            store.set(f"alive/{rank()}", "")
+            time.sleep(patience)
+            for r in range(world_size()):
+                if store.check([f"alive/{r}"]):
+                    alive.append(r)
+
+    # In a thread, because the store of a suspended process never answers.
+    thread = threading.Thread(target=report_and_read, daemon=True)
+    thread.start()
+    thread.join(2 * patience)
+    if not alive:
+        return [0]  # rank 0 holds the store
+    return [r for r in range(world_size()) if r not in alive]
 
 
-class _Normalize(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the batches of all processes; one message each way.
+# ------------------------------------------------------------------------- Synchronized batch norm
 
-    Returns mean and biased variance (C) and the number of values a channel, too. Means are merged as by Chan et al., "Updating formulae and a
-    pairwise algorithm for computing sample variances" (1979); the derivative is batch norm's (https://arxiv.org/abs/1502.03167).
+
+def _channel_layout(x: Tensor) -> tuple[list[int], list[int]]:
+    """Every dimension of `x` except the channels, and the shape that broadcasts (C) over `x`."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    return dims, shape
+
+
+class _SyncBatchNormFunction(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) * weight + bias, with statistics over all processes.
+
+    Also returns the mean (C), the biased variance (C) and the number of values per channel. There
+    is one all_gather in each direction.
+
+    Statistics are merged as in Chan et al., "Updating Formulae and a Pairwise Algorithm for
+    Computing Sample Variances" (1979). The gradient is batch norm's, as in
+    https://arxiv.org/abs/1502.03167.
     """
 
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        channels, dims, shape = (
-            x.size(1),
-            [d for d in range(x.dim()) if d != 1],
-            [1, -1] + [1] * (x.dim() - 2),
-        )
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        var, mean = torch.var_mean(wide, dims, correction=0)
-        found = all_gather(torch.cat([mean, var, mean.new_tensor([x.numel() // channels])]))
-        means, variances, counts = (
-            found[:, :channels],
-            found[:, channels:-1],
-            found[:, -1:],
-        )  # (world_size, C), (world_size, C), (world_size, 1)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dims, shape = _channel_layout(x)
+        channels = x.size(1)
+        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        var, mean = torch.var_mean(values, dims, correction=0)
+        count = mean.new_tensor([x.numel() // channels])
+        gathered = all_gather(torch.cat([mean, var, count]))  # (world_size, 2C + 1)
+        means, variances, counts = gathered.split([channels, channels, 1], dim=1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         var = (counts * (variances + (means - mean).square())).sum(0) / count
-        scale = torch.rsqrt(var + eps)
-        ctx.save_for_backward(x, weight, mean, scale, count)
+        inv_std = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, weight, mean, inv_std, count)
         ctx.mark_non_differentiable(mean, var, count)
-        return (
-            ((wide - mean.view(shape)) * (scale * weight).view(shape) + bias.view(shape)).to(
-                x.dtype
-            ),
-            mean,
-            var,
-            count,
-        )
+        y = (values - mean.view(shape)) * (inv_std * weight).view(shape) + bias.view(shape)
+        return y.to(x.dtype), mean, var, count
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, scale, count = ctx.saved_tensors
-        dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
-        gradient, normal = gradient.to(mean.dtype), (x - mean.view(shape)) * scale.view(shape)
-        of_bias, of_weight = (
-            gradient.sum(dims),
-            (gradient * normal).sum(dims),
-        )  # (C), of this process: DDP averages them
-        a, b = (all_gather(torch.cat([of_bias, of_weight])).sum(0) / count).chunk(2)
-        of_x = (gradient - a.view(shape) - normal * b.view(shape)) * (scale * weight).view(shape)
-        return of_x.to(x.dtype), of_weight, of_bias, None
+    def backward(ctx, grad_y: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, inv_std, count = ctx.saved_tensors
+        dims, shape = _channel_layout(x)
+        grad_y = grad_y.to(mean.dtype)
+        x_hat = (x - mean.view(shape)) * inv_std.view(shape)
+        # Gradients (C) of this process only: DDP averages them.
+        grad_bias = grad_y.sum(dims)
+        grad_weight = (grad_y * x_hat).sum(dims)
+        sums = all_gather(torch.cat([grad_bias, grad_weight])).sum(0)  # (2C)
+        mean_grad, mean_grad_x_hat = (sums / count).chunk(2)
+        grad_x = grad_y - mean_grad.view(shape) - x_hat * mean_grad_x_hat.view(shape)
+        grad_x = grad_x * (inv_std * weight).view(shape)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all processes, for CPUs, which torch.nn.SyncBatchNorm refuses.
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over the batches of all processes, on CPUs, which nn.SyncBatchNorm rejects.
 
-    (N, C, ...) -> the same. Its mean and variance are those of one process with the whole batch, up to rounding.
+    (N, C, ...) -> the same shape. Up to rounding, the statistics are those of a single process
+    with the whole batch.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -280,85 +351,93 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
+        weight = x.new_ones(x.size(1)) if self.weight is None else self.weight
+        bias = x.new_zeros(x.size(1)) if self.bias is None else self.bias
+        y, mean, var, count = _SyncBatchNormFunction.apply(x, weight, bias, self.eps)
         if self.track_running_stats:
             self.num_batches_tracked += 1
+            unbiased_var = var * count / (count - 1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(
-                (var * count / (count - 1)).to(self.running_var.dtype), self.momentum
-            )
+            self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
         return y
 
 
-def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """Makes every batch norm of `model` synchronous if there are several processes; names and weights stay."""
-    if world_size() == 1:
-        return model
-    if next(model.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = SyncBatchNorm
-    return model
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Replaces every batch norm in `model` by a SyncBatchNorm with the same parameters and buffers.
+
+    They are not copied, so an optimizer that holds them stays valid. Returns `model`, or its
+    replacement if it is itself a batch norm, as nn.SyncBatchNorm.convert_sync_batchnorm does.
+    """
+    replacements = {}  # a norm that has several names remains shared
+    for name, norm in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(norm, _BatchNorm):
+            continue
+        if norm not in replacements:
+            replacements[norm] = _as_sync_batchnorm(norm)
+        if name:
+            model.set_submodule(name, replacements[norm])
+    return replacements.get(model, model)
+
+
+def _as_sync_batchnorm(norm: _BatchNorm) -> SyncBatchNorm:
+    sync = SyncBatchNorm(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    )
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        setattr(sync, name, getattr(norm, name))
+    return sync.train(norm.training)
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """`model` in DDP with synchronized batch norm, every process starting from rank 0's weights and statistics; alone: as it is."""
+    """Wraps `model` in DDP with synchronized batch norm. A single process gets `model` itself.
+
+    Every process starts with the weights and statistics of rank 0.
+    """
     if world_size() == 1:
         return model
-    synchronize_batch_norm(model)
+    device = next(model.parameters()).device
+    device_ids = None
+    if device.type == "cuda":
+        device_ids = [device]
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        model = convert_sync_batchnorm(model)
+    # DDP broadcasts the parameters, but the buffers only since torch 2.14.
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
-    device, ddp = next(model.parameters()).device, nn.parallel.DistributedDataParallel
-    newer = (
-        "forward_sync_buffers" in inspect.signature(ddp).parameters
-    )  # which torch 2.14 has in place of broadcast_buffers
-    options = {
-        "forward_sync_buffers" if newer else "broadcast_buffers": False
-    }  # SyncBN keeps them equal
-    return ddp(
-        model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **options
-    )
+    # SyncBN keeps the buffers equal, so DDP need not. torch 2.14 renamed the option.
+    ddp = nn.parallel.DistributedDataParallel
+    is_renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    option = "forward_sync_buffers" if is_renamed else "broadcast_buffers"
+    return ddp(model, device_ids, gradient_as_bucket_view=True, **{option: False})
 
 
-def lost_ranks(patience: float = 5) -> list[int]:
-    """Which ranks do not answer, asked when a collective has failed: every process that still runs says so in the store."""
-    store, answered = dist.distributed_c10d._get_default_store(), []
-
-    def ask() -> None:
-        with contextlib.suppress(RuntimeError):  # the store went down with the process that held it
-            store.set(f"alive/{rank()}", "")
-            time.sleep(patience)
-            answered.extend(r for r in range(world_size()) if store.check([f"alive/{r}"]))
-
-    asking = threading.Thread(
-        target=ask, daemon=True
-    )  # a store whose process was halted does not even refuse
-    asking.start()
-    asking.join(2 * patience)
-    return [r for r in range(world_size()) if r not in answered] if answered else [0]
+# ------------------------------------------------------------------------------------ Stop signals
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGINT and SIGUSR2 (Slurm's notice ahead of preemption and time limit) instead of dying of them.
+    """Records SIGTERM, SIGINT or SIGUSR2 in `received`, so that the run can save before it stops.
 
-    `with StopSignal() as stop:` ... `stop.received` is the signal's number or 0. Ends all processes at the same iteration when each feeds
-    it into an average over the processes.
+    SIGUSR2 is how Slurm announces preemption and the time limit. To stop all ranks after the same
+    iteration, average `received` over them. A second SIGINT (Ctrl-C) raises KeyboardInterrupt.
+
+        with StopSignal() as stop:
+            while not stop.received:  # the number of the signal, or 0
+                ...
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     received = 0
 
-    def _note(self, number: int, frame: object) -> None:
+    def _receive(self, number: int, frame: object) -> None:
         if number == self.received == signal.SIGINT:
-            raise KeyboardInterrupt  # Ctrl-C once more
+            raise KeyboardInterrupt
         self.received = number
 
     def __enter__(self) -> "StopSignal":
-        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, self.SIGNALS
-        )  # launch_slurm.py holds them back until someone listens
+        self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        # launch_slurm.py blocks these signals until there is a handler.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def __exit__(self, *exception: object) -> None:

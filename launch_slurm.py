@@ -1,9 +1,11 @@
-"""Submits train.py to Slurm by submitit, one task a GPU. The only file that knows of Slurm.
+"""Submits train.py to Slurm through submitit, one task per GPU. Only this module knows about Slurm.
 
-    python launch_slurm.py --nodes 2 --gpus-per-node 8 --partition dev --config configs/NAME.json --work-dir /nfs/NAME
+    python launch_slurm.py --nodes 2 --gpus-per-node 8 --partition dev --config C --work-dir D
 
-Flags that are not listed here are train.py's; they are checked before anything waits in a queue. The config is copied then, so edit yours freely.
-Ahead of preemption and of the time limit the run saves, goes back into the queue under the same id, and later resumes where it was.
+All flags that are not listed here belong to train.py. They are checked before the job enters the
+queue. The config is copied at submission, so you can edit yours while the job waits. Ahead of
+preemption and the time limit, the run saves a checkpoint, requeues itself under the same job id,
+and later resumes where it stopped.
 """
 
 import argparse
@@ -19,34 +21,33 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import submitit
+from submitit.core.utils import FailedJobError
+from torch.distributed import DistNetworkError, TCPStore
 
 import dist_utils
 import train
-from dist_utils import UserError
+from dist_utils import ProcessError, StopSignal, UserError
 
-# torch and train are imported in functions: a task of --local must hold signals back before these imports, which can take a minute.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-# What a task under Slurm is started through: a notice that comes during submitit's import, too, waits until someone listens.
-HOLD_BACK = f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {[*map(int, STOP_SIGNALS)]}); os.execv(sys.argv[1], sys.argv[1:])"
-PATIENCE = 600  # seconds that a task waits for rank 0, which may be importing from a slow disk
-GPUS_PER_NODE = 8  # what --gpus counts with where nothing else is said
-SBATCH = (
-    "job_name",
-    "partition",
-    "time",
-    "mem",
-    "qos",
-    "account",
-    "constraint",
-    "exclude",
-    "reservation",
-    "cpus_per_task",
-)  # passed on as they are
-ENDED = (
+# Starts a task's Python with the stop signals blocked. Importing torch can take a minute, and a
+# signal that arrives meanwhile stays pending until train.main listens.
+TASK_PYTHON = (
+    sys.executable,
+    "-ISc",
+    "import os, signal, sys; "
+    f"signal.pthread_sigmask(signal.SIG_BLOCK, {[int(number) for number in StopSignal.SIGNALS]}); "
+    "os.execv(sys.argv[1], sys.argv[1:])",
+    sys.executable,
+)
+PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
+RENDEZVOUS_TIMEOUT = 600  # seconds to wait for rank 0, which may import torch from a slow disk
+DEFAULT_GPUS_PER_NODE = 8
+# Passed to sbatch unchanged
+SBATCH_FLAGS = ("mem", "qos", "account", "constraint", "exclude", "reservation")
+FINAL_STATES = (
     "COMPLETED",
     "FAILED",
     "CANCELLED",
@@ -56,15 +57,28 @@ ENDED = (
     "BOOT_FAIL",
     "DEADLINE",
     "PREEMPTED",
-    "FORGOTTEN",
+    "FORGOTTEN",  # ours: Slurm forgets a job some minutes after its end
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ in each task
+# ------------------------------------------------------------------------------------ In each task
+
+
+def set_stop_handlers(handler) -> None:
+    for number in StopSignal.SIGNALS:
+        signal.signal(number, handler)
 
 
 class Job:
-    """What every task runs: meet the others, train, come back if stopped. submitit pickles it by name, so it holds plain values."""
+    """What every task runs: join the other tasks, train, and requeue the job if it was stopped.
+
+    submitit pickles an instance of it at submission, so `__init__` stores plain values only.
+
+    argv: flags for train.py. The paths below take precedence over those in it.
+    resume_from: what the first start resumes from; None for a job that never resumes.
+    port: where rank 0 listens; 0 takes a free port.
+    timeout: as for dist_utils.init.
+    """
 
     def __init__(
         self,
@@ -76,196 +90,197 @@ class Job:
         timeout: float,
     ):
         self.argv = [*argv, "--config", str(config), "--work-dir", str(work_dir)]
-        self.config, self.work_dir, self.resume_from, self.port, self.timeout = (
-            config,
-            work_dir,
-            resume_from,
-            port,
-            timeout,
-        )
+        self.config = config
+        self.work_dir = work_dir
+        self.resume_from = resume_from
+        self.port = port
+        self.timeout = timeout
         self.submitted = time.time()
 
     def __call__(self) -> str:
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, STOP_SIGNALS
-        )  # held back until train.main listens, which lets them in
-        for number in (
-            STOP_SIGNALS
-        ):  # without effect after it has ended; SIG_IGN would forget one that is held back
-            signal.signal(number, lambda *_: None)
-        task = submitit.JobEnvironment()
-        self.job_id, self.rank, self.slurm = task.job_id, task.global_rank, task.cluster == "slurm"
-        self.attempt = (
-            os.environ.get("SLURM_RESTART_COUNT", "0") if self.slurm else str(int(self.submitted))
-        )  # a process id can come again
-        if not self.slurm:
-            ctypes.CDLL(None).prctl(
-                1, signal.SIGKILL
-            )  # PR_SET_PDEATHSIG: to end with submitit's controller, see `fail`
-        # Every GPU of the node stays visible; LOCAL_RANK says which is this task's.
-        os.environ.update(
-            RANK=str(task.global_rank),
-            WORLD_SIZE=str(task.num_tasks),
-            LOCAL_RANK=str(task.local_rank),
-            LOCAL_WORLD_SIZE=str(task.num_tasks // task.num_nodes),
+        # TASK_PYTHON has blocked the stop signals, and train.main unblocks them. After that they
+        # have no effect. SIG_IGN in place of a function would discard a pending signal.
+        set_stop_handlers(lambda *_: None)
+        self.task = submitit.JobEnvironment()
+        self.rank = self.task.global_rank
+        self.is_slurm = self.task.cluster == "slurm"
+        if self.is_slurm:
+            self.attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+        else:
+            self.attempt = str(int(self.submitted))  # a job id is a process id, which can recur
+            # End together with submitit's controller, which `fail` kills.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Every GPU of the node stays visible; LOCAL_RANK selects the one of this task.
+        submitit.helpers.TorchDistributedEnvironment().export(
+            set_cuda_visible_devices=False, overwrite=True
         )
-
         try:
-            newest = next(iter(train.newest_checkpoints(self.work_dir)), None)
-            if self.rank == 0:
-                self.check_progress(train.iteration_of(newest) if newest else 0)
-            store = (
-                self.meet(task.hostnames[0] if self.slurm else "localhost", task.num_tasks)
-                if task.num_tasks > 1
-                else None
-            )
-            dist_utils.init(store, self.timeout)
-            # A restart goes on from the job's own last checkpoint; the first start, and one before there is any, from what was asked for.
-            # Both times are by the clock of one file server; one rank decides, as others may see an older state of it.
-            own = dist_utils.broadcast_object(
-                newest is not None and newest.stat().st_mtime >= self.config.stat().st_mtime
-            )
-            try:
-                ending = train.main(
-                    self.argv
-                    + (
-                        ["--resume-from", "auto" if own else self.resume_from]
-                        if self.resume_from
-                        else []
-                    )
-                )
-            except dist_utils.ProcessError as error:
-                if not self.slurm or self.note().exists():
-                    raise
-                print(
-                    error, flush=True
-                )  # a task is gone without a word, so its node may be, which Slurm notices minutes later, if the job still runs
-                self.come_back("lost a task")
-            if ending == "stopped":
-                self.come_back("stopped, its state saved")
+            ending = self.run()
+            # Python resets other handlers while it exits. A signal would then fail the job.
+            set_stop_handlers(signal.SIG_IGN)
             return ending
-        except dist_utils.UserError as error:
+        except UserError as error:
             self.fail(f"error: {error}\n")
         except Exception:
             self.fail(traceback.format_exc())
 
-    def file(self, name: str) -> Path:
-        return self.work_dir / "slurm" / f"{self.job_id}_{name}"
+    def run(self) -> str:
+        """Trains. Returns "done", or requeues the job and ends this task."""
+        iteration = 0
+        has_saved = False
+        checkpoints = train.newest_checkpoints(self.work_dir)
+        if checkpoints:
+            iteration = train.iteration_of(checkpoints[0])
+            # The clock of one file server gives both times.
+            has_saved = checkpoints[0].stat().st_mtime >= self.config.stat().st_mtime
+        if self.rank == 0:
+            self.check_progress(iteration)
+        store = self.rendezvous() if self.task.num_tasks > 1 else None
+        dist_utils.init(store, self.timeout)
 
-    def note(self) -> Path:
-        """Where the first task to fail says so."""
+        # Once this job has saved, it resumes from its own latest checkpoint; until then, from what
+        # was requested at submission. Rank 0 decides, because others may see older files.
+        has_saved = dist_utils.broadcast_object(has_saved)
+        argv = self.argv
+        if self.resume_from:
+            argv = [*argv, "--resume-from", "auto" if has_saved else self.resume_from]
+        try:
+            ending = train.main(argv)
+        except ProcessError as error:
+            if not self.is_slurm or self.failure_file.exists():
+                raise
+            # A peer vanished; Slurm may notice minutes later, so requeue now.
+            print(error, flush=True)
+            self.requeue("lost a task")
+        if ending == "stopped":
+            self.requeue("stopped and saved its state")
+        return ending
+
+    def file(self, name: str) -> Path:
+        return self.work_dir / "slurm" / f"{self.task.job_id}_{name}"
+
+    @property
+    def failure_file(self) -> Path:
+        """Where the first task that fails writes its error."""
         return self.file(f"{self.attempt}_failure.txt")
 
     def check_progress(self, iteration: int) -> None:
-        """Notes where this start begins. Raises UserError where the two before it began there too: the job would come back for ever."""
+        """Records the iteration at which this start begins.
 
-        file, in_vain = self.file("progress.json"), 0
-        if self.attempt != "0" and file.exists():
-            before = json.loads(file.read_text())
-            in_vain = before["in_vain"] + 1 if before["iteration"] == iteration else 0
-        if in_vain == 2:
-            raise UserError(
-                f"job {self.job_id} came back twice without a checkpoint beyond iteration {iteration}, so it ends here. The log above says what "
-                "stopped it. A longer --time, an earlier notice (--slurm signal_delay_s=SECONDS) or a shorter checkpoint.interval may help; "
-                "then the same command goes on from there."
-            )
-        train.atomic_write(
-            file,
-            lambda out: out.write(
-                json.dumps({"iteration": iteration, "in_vain": in_vain}).encode()
-            ),
-        )
-
-    def meet(self, host: str, world_size: int):
-        """The store where the tasks meet: rank 0 holds it on a free port, and says where in a file of this job and this start.
-
-        So nothing can take the port between choosing and binding it, and no task can join another job's store.
+        Raises UserError if the two previous starts began there too: the job would restart forever.
         """
-        from torch.distributed import DistNetworkError, TCPStore
+        file = self.file("progress.json")
+        stalled_restarts = 0
+        if self.attempt != "0" and file.exists():
+            previous = json.loads(file.read_text())
+            if previous["iteration"] == iteration:
+                stalled_restarts = previous["stalled_restarts"] + 1
+        if stalled_restarts == 2:
+            raise UserError(
+                f"job {self.task.job_id} restarted twice without a checkpoint beyond iteration "
+                f"{iteration}, so it ends here. The log above says what stopped it. A longer "
+                "--time, an earlier notice (--slurm signal_delay_s=SECONDS) or a shorter "
+                "checkpoint.interval may help. Run the same command again to resume."
+            )
+        progress = {"iteration": iteration, "stalled_restarts": stalled_restarts}
+        train.atomic_write(file, lambda out: out.write(json.dumps(progress).encode()))
 
-        file, here = self.file(f"{self.attempt}_store.json"), socket.gethostname()
+    def rendezvous(self) -> TCPStore:
+        """The store where the tasks meet.
+
+        Rank 0 opens it on a free port and writes the address to a file that belongs to this start
+        of this job. So no other process can take the port between choosing and binding it, and no
+        task can join the store of another job.
+        """
+        file = self.file(f"{self.attempt}_store.json")
         if self.rank == 0:
-            try:
-                store = TCPStore(
-                    host, self.port, world_size, is_master=True, wait_for_workers=False
-                )
-            except DistNetworkError:
-                raise UserError(
-                    f"port {self.port} of {here} is in use, and MASTER_PORT={self.port} was set at submission. Unset it: then each job "
-                    "finds a free port by itself."
-                ) from None
-            train.atomic_write(file, lambda out: out.write(json.dumps([host, store.port]).encode()))
+            store = self.open_store()
+            address = json.dumps([store.host, store.port])
+            train.atomic_write(file, lambda out: out.write(address.encode()))
         else:
-            end = time.monotonic() + PATIENCE
-            while not file.exists():
-                if time.monotonic() > end:
-                    raise UserError(
-                        f"rank {self.rank} on {here} waited {PATIENCE} s for {file}, which rank 0 writes when it starts. See its log "
-                        f"{self.file('0_log.out')}, and that all nodes share this folder."
-                    )
-                time.sleep(0.2)
-                os.utime(
-                    file.parent
-                )  # or NFS would say for up to a minute that there is no such file
-            host, port = json.loads(file.read_text())
-            try:
-                socket.create_connection(
-                    (host, port), timeout=60
-                ).close()  # TCPStore would try a name that does not resolve for minutes
-            except OSError as error:
-                raise UserError(
-                    f"rank {self.rank} on {here} cannot reach rank 0 at {host}:{port}: {error}"
-                ) from None
-            store = TCPStore(host, port, world_size, is_master=False)
-        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(store.port))
+            store = self.join_store(file)
+        os.environ.update(MASTER_ADDR=store.host, MASTER_PORT=str(store.port))
         return store
 
-    def come_back(self, why: str) -> None:
-        """Puts the job back into the queue, unless Slurm has decided otherwise about it; ends this task."""
-        for number in STOP_SIGNALS:  # here and in scontrol
-            signal.signal(number, signal.SIG_IGN)
-        if self.rank == 0:
-            state = (
-                job_info(self.job_id)["JobState"]
-                if self.slurm
-                else "over; the same command goes on"
+    def open_store(self) -> TCPStore:
+        host = self.task.hostnames[0] if self.is_slurm else "localhost"
+        try:
+            return TCPStore(
+                host, self.port, self.task.num_tasks, is_master=True, wait_for_workers=False
             )
-            if state == "RUNNING":  # cancelled, or requeued by Slurm itself, it no longer would be
-                answer = subprocess.run(
-                    ["scontrol", "requeue", self.job_id],
-                    check=False,
-                    capture_output=True,
-                    text=True,
+        except DistNetworkError:
+            raise UserError(
+                f"port {self.port} of {socket.gethostname()} is in use, and MASTER_PORT="
+                f"{self.port} was set at submission. Unset it, and each job takes a free port."
+            ) from None
+
+    def join_store(self, file: Path) -> TCPStore:
+        task = f"rank {self.rank} on {socket.gethostname()}"
+        deadline = time.monotonic() + RENDEZVOUS_TIMEOUT
+        while not file.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{task} waited {RENDEZVOUS_TIMEOUT} s for {file}, which rank 0 writes when "
+                    f"it starts. See its log {self.file('0_log.out')}, and check that all nodes "
+                    "share this folder."
                 )
-                state = (
-                    "requeued"
-                    if answer.returncode == 0
-                    else f"not requeued: {answer.stderr.strip()}; the same command goes on"
-                )
-            print(f"job {self.job_id} {why}; {state}", flush=True)
-        sys.exit(0)  # not a return, of which submitit would note a result
+            time.sleep(0.2)
+            os.utime(file.parent)  # NFS may cache for a minute that the file is missing
+        host, port = json.loads(file.read_text())
+        # TCPStore would retry for minutes if the host name does not resolve.
+        try:
+            socket.create_connection((host, port), timeout=60).close()
+        except OSError as error:
+            raise UserError(f"{task} cannot reach rank 0 at {host}:{port}: {error}") from None
+        return TCPStore(host, port, self.task.num_tasks, is_master=False)
+
+    def requeue(self, reason: str) -> None:
+        """Ends this task. Rank 0 puts the job back into the queue."""
+        set_stop_handlers(signal.SIG_IGN)  # for scontrol too, which inherits this
+        if self.rank == 0:
+            outcome = "run the same command to resume"
+            if self.is_slurm:
+                outcome = self.scontrol_requeue()
+            print(f"job {self.task.job_id} {reason}; {outcome}", flush=True)
+        # Do not return: submitit would record a result, which means that training is done.
+        sys.exit(0)
+
+    def scontrol_requeue(self) -> str:
+        """Requeues the job unless Slurm has cancelled or requeued it; returns what was done."""
+        job_id = self.task.job_id
+        state = job_info(job_id)["JobState"]
+        if state != "RUNNING":
+            return f"Slurm says {state}"
+        answer = scontrol("requeue", job_id)
+        if answer.returncode == 0:
+            return "requeued"
+        return f"not requeued: {answer.stderr.strip()}; run the same command to resume"
 
     def fail(self, text: str) -> None:
-        """Ends this task and with it all others. The first to fail leaves a note; what the others print only tells that it is gone."""
+        """Ends this task and thereby all others.
+
+        The first task that fails writes down why; the others only report that they lost it.
+        """
         print(text, file=sys.stderr, flush=True)
-        note = f"\nrank {self.rank} on {socket.gethostname()} failed first" + (
-            f":\n{text}" if self.rank else "; see above\n"
-        )
+        note = f"\nrank {self.rank} on {socket.gethostname()} failed first"
+        note += f":\n{text}" if self.rank else "; see above\n"
         with contextlib.suppress(FileExistsError):
-            with open(self.note(), "x") as file:
+            with open(self.failure_file, "x") as file:
                 file.write(note)
-            if not self.slurm:  # what the batch script and srun do under Slurm
+            # Under Slurm, srun and the batch script do this.
+            if not self.is_slurm:
                 with open(self.file("0_log.out"), "a") as log:
                     log.write(note)
                 os.kill(os.getppid(), signal.SIGKILL)
-        os._exit(1)  # at once: leaving the process group in order would wait for the others
+        # Immediately: a regular exit leaves the process group, which waits for the other ranks.
+        os._exit(1)
 
 
-# ------------------------------------------------------------------------------------------------------------ submission
+# -------------------------------------------------------------------------------------- Submission
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this file, and the rest, which are train.py's."""
+    """The flags of this file, and those that are left for train.py."""
     parser = argparse.ArgumentParser(
         "launch_slurm.py",
         description=__doc__,
@@ -273,21 +288,20 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--gpus", type=int, help=f"GPUs in all; alone it asks for nodes of {GPUS_PER_NODE}")
-    add("--nodes", type=int, help="machines; default 1, or what --gpus makes of it")
-    add(
-        "--gpus-per-node", type=int, help="GPUs, and so tasks, on each; default 1; 0 trains on CPUs"
-    )
-    add("--tasks-per-node", type=int, help="processes on each, for CPUs only")
-    add("--cpus-per-task", type=int, help="cores of each process; default data.workers + 1")
+    add("--gpus", type=int, help=f"total; by default on nodes of {DEFAULT_GPUS_PER_NODE}")
+    add("--nodes", type=int, help="number of machines; default 1, or as --gpus requires")
+    add("--gpus-per-node", type=int, help="one task each; default 1; 0 trains on CPUs")
+    add("--tasks-per-node", type=int, help="processes per node, for CPUs only")
+    add("--cpus-per-task", type=int, help="cores per process; default data.workers + 1")
     add("--partition", help="the queue")
-    add("--job-name", help="default: the work_dir's name")
+    add("--job-name", help="default: the name of the work_dir")
     add(
         "--time",
-        help="limit, in minutes or as D-HH:MM:SS; default: the partition's. The job comes back until it is done",
+        help="limit in minutes or as D-HH:MM:SS; default: the partition's. "
+        "The job is requeued until training is done",
     )
-    for name in ("mem", "qos", "account", "constraint", "exclude", "reservation"):
-        add(f"--{name}", help="as sbatch has it")
+    for name in SBATCH_FLAGS:
+        add(f"--{name}", help="as for sbatch")
     add(
         "--setup",
         action="append",
@@ -299,260 +313,267 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         action="append",
         default=[],
         metavar="KEY[=VALUE]",
-        help="any other option of sbatch, such as exclusive or nodelist=n[1-2] (repeatable), "
-        "or signal_delay_s=SECONDS: how long before the limit the run is told to save (default 120)",
+        help="any other option of sbatch, such as exclusive or nodelist=n[1-2] (repeatable), or "
+        "signal_delay_s=SECONDS: how long before the limit the run is told to save (default 120)",
     )
-    add("--local", action="store_true", help="the same job on this machine, without Slurm")
-    add("--dry-run", action="store_true", help="print the sbatch script and end")
+    add("--local", action="store_true", help="run the same job on this machine, without Slurm")
+    add("--dry-run", action="store_true", help="print the sbatch script, then exit")
     add(
         "--follow",
         action="store_true",
-        help="print rank 0's log until the job has ended, and end with its status",
+        help="print rank 0's log until the job ends, and exit with its status",
     )
     return parser.parse_known_args(argv)
 
 
-def work_out(
-    nodes: int | None, gpus: int | None, per_node: int | None, tasks: int | None
+def resolve_resources(
+    nodes: int | None, gpus: int | None, gpus_per_node: int | None, tasks_per_node: int | None
 ) -> tuple[int, int, int]:
-    """(nodes, GPUs on each, tasks on each) of what was asked for; None is what was not."""
-    if any(
-        number is not None and number < least
-        for number, least in ((nodes, 1), (gpus, 1), (per_node, 0), (tasks, 1))
-    ):
-        raise UserError(
-            "--nodes, --gpus and --tasks-per-node must be 1 or more, --gpus-per-node 0 (to train on CPUs) or more"
-        )
-    if gpus:
-        if per_node is None:
-            per_node = gpus // nodes if nodes else min(gpus, GPUS_PER_NODE)
-        nodes = nodes or gpus // max(per_node, 1) or 1
-        if nodes * per_node != gpus:
+    """(nodes, GPUs per node, tasks per node) from what was requested; None stands for no request.
+
+    Raises UserError if the requests contradict each other.
+    """
+    for number, minimum in ((nodes, 1), (gpus, 1), (gpus_per_node, 0), (tasks_per_node, 1)):
+        if number is not None and number < minimum:
             raise UserError(
-                f"--gpus {gpus} cannot be had as {nodes} node(s) x {per_node} GPU(s). Ask for a multiple of {per_node or GPUS_PER_NODE}, "
-                f"or name --nodes and --gpus-per-node whose product is {gpus}."
+                "--nodes, --gpus and --tasks-per-node must be 1 or more, "
+                "--gpus-per-node must be 0 (to train on CPUs) or more"
             )
-    per_node = 1 if per_node is None else per_node
-    if per_node and tasks not in (None, per_node):
+    if gpus:
+        if gpus_per_node is None:
+            gpus_per_node = gpus // nodes if nodes else min(gpus, DEFAULT_GPUS_PER_NODE)
+        nodes = nodes or gpus // max(gpus_per_node, 1) or 1
+        if nodes * gpus_per_node != gpus:
+            raise UserError(
+                f"--gpus {gpus} does not equal {nodes} node(s) x {gpus_per_node} GPU(s). Request a "
+                f"multiple of {gpus_per_node or DEFAULT_GPUS_PER_NODE}, or give --nodes and "
+                f"--gpus-per-node whose product is {gpus}."
+            )
+    nodes = nodes or 1
+    if gpus_per_node == 0:
+        return nodes, 0, tasks_per_node or 1
+    gpus_per_node = gpus_per_node or 1
+    if tasks_per_node not in (None, gpus_per_node):
         raise UserError(
-            f"--tasks-per-node {tasks} with {per_node} GPU(s) on each node: a GPU has one task. Leave it out, "
-            "or train on CPUs by --gpus-per-node 0."
+            f"--tasks-per-node {tasks_per_node} with {gpus_per_node} GPU(s) per node: each GPU has "
+            "one task. Omit it, or train on CPUs with --gpus-per-node 0."
         )
-    return nodes or 1, per_node, per_node or tasks or 1
+    return nodes, gpus_per_node, gpus_per_node
 
 
-def slurm_executor(
-    folder: Path, args: argparse.Namespace, nodes: int, gpus: int, tasks: int
-) -> submitit.SlurmExecutor:
+def setup_lines(args: argparse.Namespace) -> list[str]:
+    """Shell lines that run before the tasks, which need PYTHONPATH to unpickle `Job`."""
+    code = shlex.quote(str(Path(__file__).resolve().parent))
+    return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", *args.setup]
+
+
+def slurm_executor(folder: Path, args: argparse.Namespace) -> submitit.SlurmExecutor:
     try:
-        executor = submitit.SlurmExecutor(
-            folder, python=shlex.join([sys.executable, "-ISc", HOLD_BACK, sys.executable])
-        )
+        executor = submitit.SlurmExecutor(folder, python=shlex.join(TASK_PYTHON))
     except RuntimeError:
         raise UserError(
-            "there is no srun on this machine: submit from a node of the cluster, or train here by --local"
+            "there is no srun on this machine: submit from a node of the cluster, "
+            "or train here with --local"
         ) from None
-    extra = {
-        key.replace("-", "_"): value if equals else True
-        for key, equals, value in (item.partition("=") for item in args.slurm)
+    options = {
+        "ntasks_per_node": args.tasks_per_node,
+        "gpus_per_node": args.gpus_per_node or None,
+        "requeue": True,
     }
-    options = (
-        {key: getattr(args, key) for key in SBATCH}
-        | {
-            "nodes": nodes,
-            "ntasks_per_node": tasks,
-            "gpus_per_node": gpus or None,
-            "requeue": True,
-            "signal": f"USR2@{extra.pop('signal_delay_s', 120)}",
-        }
-        | extra
-    )
-    here, note = (
-        shlex.quote(str(Path(__file__).resolve().parent)),
-        shlex.quote(f"{folder}/") + "${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}_failure.txt",
+    for name in ("nodes", "job_name", "partition", "time", "cpus_per_task", *SBATCH_FLAGS):
+        options[name] = getattr(args, name)
+    for item in args.slurm:
+        key, has_value, value = item.partition("=")
+        options[key.replace("-", "_")] = value if has_value else True
+    delay = options.pop("signal_delay_s", 120)
+    options.setdefault("signal", f"USR2@{delay}")
+    failure_file = (
+        shlex.quote(f"{folder}/") + "${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}_failure.txt"
     )
     executor.update_parameters(
         additional_parameters={key: value for key, value in options.items() if value is not None},
         time=None,
         wckey=None,
         stderr_to_stdout=True,
-        setup=[f"export PYTHONPATH={here}${{PYTHONPATH:+:$PYTHONPATH}}", *args.setup],
-        srun_args=[
-            "--kill-on-bad-exit=1",
-            f"--cpus-per-task={args.cpus_per_task}",
-        ],  # which srun does not take over from sbatch
-        teardown=["status=$?", f"[ $status = 0 ] || cat {note} 2>/dev/null", "exit $status"],
-    )  # rank 0's log, which one reads, ends with the cause
+        setup=setup_lines(args),
+        # srun does not inherit --cpus-per-task from sbatch.
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus_per_task}"],
+        # Users read rank 0's log, so it ends with the cause of a failure.
+        teardown=[
+            "status=$?",
+            f"[ $status = 0 ] || cat {failure_file} 2>/dev/null",
+            "exit $status",
+        ],
+    )
     return executor
 
 
-def local_executor(
-    folder: Path, args: argparse.Namespace, gpus: int, tasks: int
-) -> submitit.LocalExecutor:
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")])
-    )
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # inherited: Ctrl-C then reaches the tasks, which save, and not submitit's controller, which kills them
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if gpus else ""
-    # Its own `setup` would put a shell between the job's id and the controller, which could then not be cancelled.
-    executor = submitit.LocalExecutor(
-        folder,
-        python=shlex.join(
-            ["bash", "-c", "\n".join([*args.setup, 'exec "$@"']), "bash", sys.executable]
-        ),
-    )
+def local_executor(folder: Path, args: argparse.Namespace) -> submitit.LocalExecutor:
+    # The child processes inherit this. So Ctrl-C reaches the tasks, which save, but not submitit's
+    # controller, which would kill them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lines = [*setup_lines(args), 'exec "$@"']
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if args.gpus_per_node and gpus is not None:
+        # submitit replaces it by the numbers from 0.
+        lines.insert(0, f"export CUDA_VISIBLE_DEVICES={shlex.quote(gpus)}")
+    # Not through submitit's `setup`, which puts a shell between the job id and the controller:
+    # killing the job would only kill the shell.
+    shell = ("bash", "-c", "\n".join(lines), "bash")
+    executor = submitit.LocalExecutor(folder, python=shlex.join([*shell, *TASK_PYTHON]))
     executor.update_parameters(
-        tasks_per_node=tasks,
-        gpus_per_node=gpus,
-        timeout_min=60 * 24 * 365,
+        tasks_per_node=args.tasks_per_node,
+        gpus_per_node=args.gpus_per_node,
+        timeout_min=365 * 24 * 60,
         stderr_to_stdout=True,
-        **({"visible_gpus": [int(gpu) for gpu in visible.split(",")]} if visible else {}),
     )
     return executor
+
+
+def scontrol(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["scontrol", *argv], check=False, capture_output=True, text=True)
 
 
 def job_info(job_id: str) -> dict[str, str]:
-    """What Slurm says of a job: JobState, Reason, ExitCode, ..."""
+    """What Slurm knows about a job: JobState, Reason, ExitCode, ..."""
     while True:
-        answer = subprocess.run(
-            ["scontrol", "show", "job", "--oneliner", job_id],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        answer = scontrol("show", "job", "--oneliner", job_id)
         if answer.returncode == 0:
-            return {
-                key: value
-                for key, _, value in (word.partition("=") for word in answer.stdout.split())
-            }
-        if "Invalid job id" in answer.stderr:  # it forgets a job some minutes after its end
+            words = [word.partition("=") for word in answer.stdout.split()]
+            return {key: value for key, _, value in words}
+        if "Invalid job id" in answer.stderr:
             return {"JobState": "FORGOTTEN", "ExitCode": "1:0"}
-        time.sleep(5)  # the controller is away
+        time.sleep(5)  # Slurm's controller is down
 
 
-def status(job: submitit.Job, local: bool) -> int | None:
-    """The exit status of a job; None until it has ended."""
-    if local:  # each task that ends well leaves a result
-        return (
-            None
-            if not job.done()
-            else int(
-                not all(
-                    job.task(rank).paths.result_pickle.exists() for rank in range(job.num_tasks)
-                )
-            )
-        )
+def exit_status(job: submitit.Job, is_local: bool) -> int | None:
+    """The exit status of a job; None while it is not over."""
+    if is_local:
+        if not job.done():
+            return None
+        tasks = [job.task(rank) for rank in range(job.num_tasks)]
+        # Each successful task leaves a result.
+        return 0 if all(task.paths.result_pickle.exists() for task in tasks) else 1
     info = job_info(job.job_id)
-    if info["JobState"] not in ENDED:
+    if info["JobState"] not in FINAL_STATES:
         return None
     print(f"job {job.job_id}: {info['JobState']}", file=sys.stderr)
-    code, number = map(int, info["ExitCode"].split(":"))
-    return 0 if info["JobState"] == "COMPLETED" else code or 128 + number
+    if info["JobState"] == "COMPLETED":
+        return 0
+    code, number = info["ExitCode"].split(":")
+    return int(code) or 128 + int(number)
 
 
-def follow(log: Path, ended: Callable[[], int | None]) -> int:
-    """Prints a log as it grows until there is an exit status, which it returns."""
-    position, code = 0, None
-    while code is None:
+def follow(log: Path, job: submitit.Job, is_local: bool) -> int:
+    """Prints the log of a job as it grows. Returns the job's exit status when it has ended."""
+    position = 0
+    status = None
+    while status is None:
         time.sleep(1)
-        code = ended()  # before reading, so that all of it is there
+        # Before reading, so that the end of the log is not missed.
+        status = exit_status(job, is_local)
         if log.exists():
             with open(log, "rb") as file:
                 file.seek(position)
                 sys.stdout.buffer.write(file.read())
                 sys.stdout.buffer.flush()
                 position = file.tell()
-    return code
+    return status
 
 
-def launch(args: argparse.Namespace, rest: list[str]) -> int:
-
-    nodes, gpus, tasks = work_out(args.nodes, args.gpus, args.gpus_per_node, args.tasks_per_node)
-    run = train.parse_args(rest)
-    config = train.load_config(run.config, run.options)
-    processes, port = nodes * tasks, os.environ.get("MASTER_PORT", "0")
-    parts = processes * config["data"].get("accumulate", 1)
-    if config["data"]["batch_size"] % parts and not run.eval_only:
+def check_request(args: argparse.Namespace, train_args: argparse.Namespace, data: dict) -> None:
+    """Raises UserError for what would otherwise fail after the job has waited in the queue."""
+    if args.local and (args.nodes > 1 or args.dry_run):
+        raise UserError("--local uses this machine alone: it takes no --dry-run and one node")
+    processes = args.nodes * args.tasks_per_node
+    parts = processes * data.get("accumulate", 1)
+    if data["batch_size"] % parts and not train_args.eval_only:
         raise UserError(
-            f"data.batch_size {config['data']['batch_size']} cannot be dealt out evenly to {processes} processes (x data.accumulate); "
-            f"ask for other nodes or GPUs, or set it to a multiple of {parts}, which needs another learning rate"
+            f"data.batch_size {data['batch_size']} cannot be split evenly over {processes} "
+            "processes (x data.accumulate). Request other nodes or GPUs, or set it to a multiple "
+            f"of {parts}, which needs another learning rate."
         )
-    for path in (run.load_from, run.resume_from):
+    for path in (train_args.load_from, train_args.resume_from):
         if path not in (None, "auto") and not Path(path).is_file():
             raise UserError(f"checkpoint {path} does not exist")
-    if not (port.isdigit() and int(port) < 65536):
+
+
+def requested_port() -> int:
+    """MASTER_PORT, or 0 for any free port."""
+    port = os.environ.get("MASTER_PORT", "0")
+    if not port.isdigit() or int(port) > 65535:
         raise UserError(
-            f"MASTER_PORT={port} in the environment is no port. Unset it: then each job finds a free port by itself."
+            f"MASTER_PORT={port} in the environment is not a port. Unset it, and each job takes a "
+            "free port."
         )
-    if args.local and (nodes > 1 or args.dry_run):
-        raise UserError("--local has one node, this one, and no sbatch script")
-    work_dir = Path(run.work_dir or config["work_dir"]).absolute()
-    folder, copy = (
-        work_dir / "slurm",
-        work_dir / "slurm" / f"config_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.json",
+    return int(port)
+
+
+def launch(args: argparse.Namespace, train_argv: list[str]) -> int:
+    """Submits the job. Returns the exit status of this command."""
+    args.nodes, args.gpus_per_node, args.tasks_per_node = resolve_resources(
+        args.nodes, args.gpus, args.gpus_per_node, args.tasks_per_node
     )
-    args.job_name, args.cpus_per_task = (
-        args.job_name or work_dir.name,
-        args.cpus_per_task or config["data"].get("workers", 4) + 1,
-    )
-    executor = (
-        local_executor(folder, args, gpus, tasks)
-        if args.local
-        else slurm_executor(folder, args, nodes, gpus, tasks)
-    )
-    if args.dry_run:
-        print(executor._make_submission_file_text(executor._submitit_command_str, ""))
-        return 0
+    train_args = train.parse_args(train_argv)
+    config = train.load_config(train_args.config, train_args.options)
+    check_request(args, train_args, config["data"])
+    work_dir = Path(train_args.work_dir or config["work_dir"]).absolute()
+    args.job_name = args.job_name or work_dir.name
+    args.cpus_per_task = args.cpus_per_task or config["data"].get("workers", 4) + 1
+    resume_from = train_args.resume_from
+    if resume_from is None and not train_args.eval_only:
+        resume_from = "auto"
+    folder = work_dir / "slurm"
+    copy = folder / f"config_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.json"
+    task = Job(train_argv, copy, work_dir, resume_from, requested_port(), config["timeout"])
     try:
+        executor = local_executor(folder, args) if args.local else slurm_executor(folder, args)
+        if args.dry_run:
+            print(executor._make_submission_file_text(executor._submitit_command_str, ""))
+            return 0
         folder.mkdir(parents=True, exist_ok=True)
         train.atomic_write(copy, lambda file: file.write(json.dumps(config).encode()))
-        with contextlib.redirect_stderr(
-            io.StringIO()
-        ):  # submitit prints sbatch's refusal, which it raises too
-            job = executor.submit(
-                Job(
-                    rest,
-                    copy,
-                    work_dir,
-                    run.resume_from or (None if run.eval_only else "auto"),
-                    int(port),
-                    config["timeout"],
-                )
-            )
+        # submitit prints sbatch's error, and raises it too.
+        with contextlib.redirect_stderr(io.StringIO()):
+            job = executor.submit(task)
     except OSError as error:
         raise UserError(
-            f"work_dir {work_dir} cannot be written: {error}. Name another by --work-dir."
+            f"work_dir {work_dir} cannot be written: {error}. Choose another with --work-dir."
         ) from None
-    except submitit.core.utils.FailedJobError as error:
+    except FailedJobError as error:
         raise UserError(
-            f"Slurm refuses this job: {error}\n`sinfo -o '%P %l %D %c %m %G'` shows limits, nodes, cores, memory, GPUs."
+            f"Slurm refuses this job: {error}\n"
+            "`sinfo -o '%P %l %D %c %m %G'` shows limits, nodes, cores, memory and GPUs."
         ) from None
-    log, cancel = folder / f"{job.job_id}_0_log.out", "kill" if args.local else "scancel"
+    log = folder / f"{job.job_id}_0_log.out"
     print(
-        f"job {job.job_id}: {nodes} node(s), each with {gpus} GPU(s) and {tasks} task(s)\n  log     {log} (other ranks: {job.job_id}_RANK_log.out)\n"
-        f"  follow  tail -F {shlex.quote(str(log))}\n  cancel  {cancel} {job.job_id}",
+        f"job {job.job_id}: {args.nodes} node(s), each with {args.gpus_per_node} GPU(s) and "
+        f"{args.tasks_per_node} task(s)\n"
+        f"  log     {log} (other ranks: {job.job_id}_RANK_log.out)\n"
+        f"  follow  tail -F {shlex.quote(str(log))}\n"
+        f"  cancel  {'kill' if args.local else 'scancel'} {job.job_id}",
         flush=True,
     )
+    if not args.follow:
+        return 0
     try:
-        return follow(log, lambda: status(job, args.local)) if args.follow else 0
+        return follow(log, job, args.local)
     except KeyboardInterrupt:
         print(f"\njob {job.job_id} goes on", file=sys.stderr)
         return 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, rest = parse_args(argv)
-
+    args, train_argv = parse_args(argv)
     try:
-        return launch(args, rest)
-    except dist_utils.UserError as error:
+        return launch(args, train_argv)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    import launch_slurm  # by its name, so that the pickled job is launch_slurm.Job and not __main__.Job
+    import launch_slurm
 
+    # Under its own name, so that the job is pickled as launch_slurm.Job, not as __main__.Job.
     sys.exit(launch_slurm.main())
