@@ -1,15 +1,16 @@
-"""The run: arguments, config, optimizer, schedule, checkpoints, evaluation and the loop that puts them together.
+"""The run: config, optimizer, schedule, checkpoints, run directory, evaluation, training loop.
 
     python train.py --config configs/quickstart.json
-    torchrun --standalone --nproc_per_node=8 train.py --config C --work-dir D --resume-from auto --options data.batch_size=16
+    torchrun --standalone --nproc_per_node=8 train.py --config C --resume-from auto
 
-Read from the bottom: `run` is the recipe, what stands above it are its steps.
+`run` holds the training loop. Everything above it is one of its steps.
 """
 
 import argparse
 import ast
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -21,7 +22,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,55 +34,42 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
 import dist_utils
 import models
-from data import Data
+from data import DATASETS, IGNORE, Data, check_every_sample, worker_failure
 from dist_utils import ProcessError, UserError
-from models import ConfigError, Segmentor, check_keywords, fits, keywords, suggest
+from models import ConfigError, Segmentor, check_keywords, check_parameters, fits, keywords, suggest
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, or of another net, or the last one could not be written."""
+    """A checkpoint is missing, damaged or of another network, or could not be written."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------ Config
 
 
-@dataclass(frozen=True)
-class Config:
-    """The top level of a config. Each section is the keywords of the function or class in brackets.
+def require(is_valid: bool, key: str, value: object, expected: str) -> None:
+    """Raises ConfigError unless the value of a config key is valid."""
+    if not is_valid:
+        raise ConfigError(f"{key} is {value!r}; expected {expected}")
 
-    model [models.build_model], data [data.Data and the data set that `type` names], optimizer [build_optimizer], schedule [learning_rate],
-    evaluation [Evaluation], checkpoint [Checkpoint], log [Logging].
-    precision: "fp32", "bf16", "fp16" (with loss scaling), "fp64", or "auto": bf16 where the hardware computes in it, else fp32.
-    clip_grad: the largest 2-norm of the gradient. deterministic: only operations that repeat bit for bit (a CPU's always do).
-    compile: torch.compile. timeout: seconds after which a process that does not answer ends the run.
-    """
 
-    model: dict
-    data: dict
-    optimizer: dict
-    schedule: dict
-    evaluation: dict = field(default_factory=dict)
-    checkpoint: dict = field(default_factory=dict)
-    log: dict = field(default_factory=dict)
-    work_dir: str | None = None
-    seed: int = 0
-    precision: str = "auto"
-    clip_grad: float | None = None
-    deterministic: bool = False
-    compile: bool = False
-    timeout: float = 600.0
+def require_positive(section: str, values: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(values, key)
+        require(value >= 1, f"{section}.{key}", value, "at least 1")
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The `evaluation` section.
 
-    interval: iterations from one validation to the next. mode: "whole" images, or "slide": windows of `crop_size` [h, w] every `stride`
-    [h, w] pixels, their logits averaged where they overlap. scale: [w, h] that images are resized to fit (labels never are).
-    batch_size: images, or windows, at a time in each process. ratios: the scales of --aug-test.
+    interval: iterations between validations.
+    mode: "whole" images, or "slide": windows whose logits are averaged where they overlap.
+    crop_size, stride: (height, width) of a window, and (down, right) from one to the next, pixels.
+    scale: (width, height) that images are resized to fit into; labels never are.
+    batch_size: images, or windows, per forward pass of each process.
+    ratios: the scales of --aug-test.
     """
 
     interval: int = 4000
@@ -92,24 +80,104 @@ class Evaluation:
     batch_size: int = 1
     ratios: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
+    def __post_init__(self):
+        require_positive("evaluation", self, "interval", "batch_size")
+        is_valid = min(self.scale or [1]) >= 1
+        require(is_valid, "evaluation.scale", self.scale, "[width, height] above 0, or null")
+        is_valid = min(self.ratios, default=0) > 0
+        require(is_valid, "evaluation.ratios", self.ratios, "scales above 0")
+        require(self.mode in ("whole", "slide"), "evaluation.mode", self.mode, "whole or slide")
+        if self.mode == "whole":
+            return
+        size = self.crop_size
+        is_valid = min(size or [0]) > 0
+        require(is_valid, "evaluation.crop_size", size, "a window's [height, width] for mode slide")
+        steps = zip(self.stride or [0], size)
+        require(
+            all(0 < step <= side for step, side in steps),
+            "evaluation.stride",
+            self.stride,
+            "[down, right], the pixels from one window to the next, for mode slide: at most "
+            "crop_size, or pixels would be left out",
+        )
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The `checkpoint` section. interval: iterations from one to the next. keep: how many of the last to keep."""
+    """The `checkpoint` section.
+
+    interval: iterations between checkpoints.
+    keep: how many of the last ones to keep.
+    """
 
     interval: int = 4000
     keep: int = 3
 
+    def __post_init__(self):
+        require_positive("checkpoint", self, "interval", "keep")
+
 
 @dataclass(frozen=True)
 class Logging:
-    """The `log` section. interval: iterations from one line to the next."""
+    """The `log` section. interval: iterations between lines of the log."""
 
     interval: int = 50
 
+    def __post_init__(self):
+        require_positive("log", self, "interval")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The top level of a config. Each section is the keyword arguments of what takes it:
+
+    model: models.build_model. data: data.Data and the data set that `type` names.
+    optimizer: build_optimizer. schedule: learning_rate.
+    evaluation, checkpoint, log: the dataclasses Evaluation, Checkpoint, Logging.
+
+    precision: "fp32", "bf16", "fp16" (with loss scaling), "fp64", or "auto": bf16 where the
+        hardware computes in it, else fp32.
+    clip_grad: the largest 2-norm of the gradient.
+    deterministic: only operations that repeat bit for bit (those of a CPU always do).
+    compile: torch.compile.
+    timeout: seconds after which a process that does not answer ends the run.
+    """
+
+    model: dict
+    data: dict
+    optimizer: dict
+    schedule: dict
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Logging = field(default_factory=Logging)
+    work_dir: str | None = None
+    seed: int = 0
+    precision: str = "auto"
+    clip_grad: float | None = None
+    deterministic: bool = False
+    compile: bool = False
+    timeout: float = 600.0
+
+    def __post_init__(self):
+        precisions = ("auto", "fp32", "bf16", "fp16", "fp64")
+        expected = ", ".join(precisions)
+        require(self.precision in precisions, "precision", self.precision, expected)
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        is_valid = self.clip_grad is None or self.clip_grad > 0
+        require(is_valid, "clip_grad", self.clip_grad, "a number above 0, or null")
+        require(self.timeout > 0, "timeout", self.timeout, "seconds above 0")
+
+
+SECTIONS = {"evaluation": Evaluation, "checkpoint": Checkpoint, "log": Logging}
+
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> dict:
-    """Reads a JSON config, applies `K=V` options and checks all that can be checked without the data; defaults are filled in.
+    """Reads and checks a config as `read_config` does. Returns it as plain types."""
+    return asdict(read_config(path, options))
+
+
+def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
+    """Reads a JSON config, applies `K=V` options, and checks all that needs no data.
 
     Raises ConfigError with the place of what is wrong.
     """
@@ -119,151 +187,169 @@ def load_config(path: str | Path, options: Sequence[str] = ()) -> dict:
         raise ConfigError(f"config {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"config {path}, line {error.lineno}, column {error.colno}: {error.msg}; a config is one JSON object"
+            f"config {path}, line {error.lineno}, column {error.colno}: {error.msg}; "
+            "a config is one JSON object"
         ) from None
     if not isinstance(config, dict):
         raise ConfigError(
             f"config {path} holds a {type(config).__name__}; a config is one JSON object"
         )
-    config.pop("run", None)  # what write_config noted beside the config itself
+    config.pop("run", None)  # the record of the command and versions, as RunDir writes it
     for option in options:
         override(config, option)
+    for name, section_class in SECTIONS.items():
+        if isinstance(config.get(name), dict):
+            check_keywords(section_class, config[name], name)
+            config[name] = section_class(**config[name])
     check_keywords(Config, config, "config")
-    config = asdict(Config(**config)) | {
-        "work_dir": config.get("work_dir") or f"work_dirs/{Path(path).stem}"
-    }
+    if not config.get("work_dir"):
+        config["work_dir"] = f"work_dirs/{Path(path).stem}"
+    config = Config(**config)
     check_config(config)
     return config
 
 
 def override(config: dict, option: str) -> None:
-    """Applies one option in place: `model.backbone.with_cp=True`, `model.decode_head.0.channels=64`, `data.scale=[512, 512]`."""
+    """Applies one option in place: `model.backbone.with_cp=True`, `data.scale=[512, 512]`.
+
+    A number names an item of a list: `model.decode_head.0.channels=64`.
+    """
     key, equals, text = option.partition("=")
     if not equals or not key:
         raise ConfigError(f"--options {option}: expected KEY=VALUE, such as data.batch_size=4")
-    value = text  # what is neither JSON nor a Python literal is a string
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            value = read(text)
-            break
-    node, names = config, key.split(".")
-    for depth, name in enumerate(names, 1):
-        if isinstance(node, list) and not (name.isdecimal() and int(name) < len(node)):
-            raise ConfigError(f"--options {option}: {name} is no position in a list of {len(node)}")
-        if not isinstance(node, (dict, list)):
-            raise ConfigError(
-                f"--options {option}: what {name} should stand in is {node!r}, not a section"
-            )
-        place = int(name) if isinstance(node, list) else name
-        if depth == len(names):
-            node[place] = value
+    *parents, last = key.split(".")
+    node = config
+    for name in parents:
+        if isinstance(node, dict):
+            node = node.setdefault(name, {})
         else:
-            node = node[place] if isinstance(node, list) else node.setdefault(place, {})
+            node = node[list_index(node, name, option)]
+    if isinstance(node, dict):
+        node[last] = parse_value(text)
+    else:
+        node[list_index(node, last, option)] = parse_value(text)
 
 
-def check_config(config: dict) -> None:
-    """Everything that can be known of a config without its data. Raises ConfigError."""
-    for section, function in (
-        ("evaluation", Evaluation),
-        ("checkpoint", Checkpoint),
-        ("log", Logging),
-    ):
-        check_keywords(function, config[section], section)
-        if config[section].get("interval", 1) < 1:
-            raise ConfigError(
-                f"{section}.interval is {config[section]['interval']}; it must be at least 1"
-            )
-    check_keywords(data_keywords(config["data"]), config["data"], "data")
-    for section, names in (
-        ("schedule", ("iteration", "base_lr")),
-        ("optimizer", ("model", "params")),
-        ("data", ("split", "seed")),
-    ):
-        for name in names:
-            if name in config[section]:
-                raise ConfigError(f"{section}.{name} is what the run itself gives; leave it out")
-    check_keywords(learning_rate, {"iteration": 0, "base_lr": 0.0} | config["schedule"], "schedule")
-    if min(config["data"]["crop_size"]) < 1:
+def list_index(node: object, name: str, option: str) -> int:
+    """The position in the list `node` that a part of an option's key names."""
+    if not isinstance(node, list):
         raise ConfigError(
-            f"data.crop_size is {config['data']['crop_size']}; expected [height, width] above 0"
+            f"--options {option}: {name} cannot be set in {node!r}, which is not a section"
         )
-    model = dry_run(config, 2)
-    for key in ("type", "lr"):
-        if key not in config["optimizer"]:
-            raise ConfigError(f"optimizer.{key} is missing; build_optimizer needs it")
-    build_optimizer(model, **config["optimizer"])
-    settings = Evaluation(**config["evaluation"])
-    problems = {
-        "precision": config["precision"] not in ("auto", "fp32", "bf16", "fp16", "fp64")
-        and "expected auto, fp32, bf16, fp16 or fp64",
-        "seed": config["seed"] < 0 and "expected 0 or more",
-        "clip_grad": config["clip_grad"] is not None
-        and not config["clip_grad"] > 0
-        and "expected a number above 0, or null",
-        "timeout": not config["timeout"] > 0 and "expected seconds above 0",
-        "schedule.max_iters": config["schedule"]["max_iters"] < 1 and "expected at least 1",
-        "schedule.warmup_iters": config["schedule"].get("warmup_iters", 0) < 0
-        and "expected 0 or more",
-        "checkpoint.keep": Checkpoint(**config["checkpoint"]).keep < 1 and "expected at least 1",
-        "evaluation.batch_size": settings.batch_size < 1 and "expected at least 1",
-        "evaluation.scale": settings.scale
-        and min(settings.scale) < 1
-        and "expected [width, height] above 0, or null",
-        "evaluation.ratios": not (settings.ratios and min(settings.ratios) > 0)
-        and "expected scales above 0",
-        "evaluation.mode": settings.mode not in ("whole", "slide") and "expected whole or slide",
-        "evaluation.crop_size": settings.mode == "slide"
-        and not (settings.crop_size and min(settings.crop_size) > 0)
-        and "mode slide needs [height, width] of a window",
-        "evaluation.stride": settings.mode == "slide"
-        and not (
-            settings.stride
-            and all(0 < s <= c for s, c in zip(settings.stride, settings.crop_size or ()))
-        )
-        and "mode slide needs [down, right], the pixels from one window to the next, at most crop_size, or pixels would be left out",
+    if not name.isdecimal() or int(name) >= len(node):
+        raise ConfigError(f"--options {option}: {name} is no position in a list of {len(node)}")
+    return int(name)
+
+
+def parse_value(text: str) -> object:
+    """An option's value: JSON, else a Python literal, else the text itself."""
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError):
+            return parse(text)
+    return text
+
+
+def check_config(config: Config) -> None:
+    """Checks what the sections mean to the functions that take them. Raises ConfigError."""
+    given_by_the_run = {
+        "data": {"split", "seed"},
+        "optimizer": {"model", "params"},
+        "schedule": {"iteration", "base_lr"},
     }
-    for key, problem in problems.items():
-        if problem:
-            value = config
-            for name in key.split("."):
-                value = value.get(name)
-            raise ConfigError(f"{key} is {value!r}; {problem}")
-    learning_rate(0, config["optimizer"]["lr"], **config["schedule"])
+    for section, names in given_by_the_run.items():
+        for name in getattr(config, section).keys() & names:
+            raise ConfigError(f"{section}.{name} is set by the run itself; leave it out")
+    check_data_section(config.data)
+    for key in ("type", "lr"):
+        if key not in config.optimizer:
+            raise ConfigError(f"optimizer.{key} is missing; build_optimizer needs it")
+    schedule = config.schedule
+    check_keywords(learning_rate, {"iteration": 0, "base_lr": 0.0} | schedule, "schedule")
+    learning_rate(0, 1.0, **schedule)
+    model = dry_run(config, batch_size=2)
+    build_optimizer(model, **config.optimizer)
 
 
-def data_keywords(section: dict):
-    """Something to check the `data` section by: the keywords of Data and of the data set that `type` names."""
-    if section.get("type") not in list(data.DATASETS):
-        raise ConfigError(
-            f"data.type is {section.get('type')!r}; {suggest(str(section.get('type')), list(data.DATASETS))}"
-        )
-
-    def keywords_of_data(): ...
-
-    known = keywords(data.DATASETS[section["type"]]) | keywords(Data)
-    keywords_of_data.__name__ = f"data set {section['type']}"
-    keywords_of_data.__signature__ = inspect.Signature(
-        p.replace(kind=p.KEYWORD_ONLY) for name, p in known.items() if name not in ("split", "seed")
+def check_data_section(section: dict) -> None:
+    """The `data` section holds the keywords of Data and of the data set that `type` names."""
+    kind = section.get("type")
+    if kind not in list(DATASETS):
+        raise ConfigError(f"data.type is {kind!r}; {suggest(str(kind), list(DATASETS))}")
+    known = keywords(DATASETS[kind]) | keywords(Data)
+    for name in ("split", "seed"):
+        known.pop(name, None)
+    check_parameters(f"data set {kind}", known, section, "data")
+    require(
+        min(section["crop_size"]) >= 1,
+        "data.crop_size",
+        section["crop_size"],
+        "[height, width] above 0",
     )
-    return keywords_of_data
 
 
-def differences(old: object, new: object, place: str = "") -> list[str]:
+def dry_run(config: Config, batch_size: int) -> Segmentor:
+    """Builds the network on the meta device and runs one training step's forward pass there.
+
+    That costs neither memory nor time. Raises ConfigError if the parts do not fit together.
+    """
+    calls = []  # (name, module, inputs) of each module in the order of the calls
+    crop_size = config.data["crop_size"]
+    with torch.device("meta"):
+        model = models.build_model(config.model).train()
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(
+                lambda module, inputs, name=name: calls.append((name, module, inputs))
+            )
+        image = torch.zeros(batch_size, model.in_channels, *crop_size)
+        label = torch.zeros(batch_size, *crop_size, dtype=torch.uint8)
+        try:
+            model(image, label)
+        except NotImplementedError:  # an operation of the user's module has no meta kernel
+            pass
+        except (
+            UserError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+        ) as error:
+            raise dry_run_error(error, calls, batch_size, crop_size) from error
+    return model
+
+
+def dry_run_error(
+    error: Exception, calls: list[tuple], batch_size: int, crop_size: list[int]
+) -> ConfigError:
+    """Names the module in which the forward pass failed, and the shapes of its inputs."""
+    if "more than 1 value per channel" in str(error):
+        return ConfigError(
+            "a batch norm of this network would see one value per channel, which has no "
+            f"variance: a process takes {batch_size} image at a time and a layer pools it to "
+            "1 x 1. Raise data.batch_size, lower data.accumulate, or start more processes."
+        )
+    if not calls:
+        return ConfigError(f"data.crop_size: {crop_size}: {error}")
+    name, module, inputs = calls[-1]
+    shapes = [list(x.shape) for x in inputs if isinstance(x, Tensor)]
+    return ConfigError(
+        f"model: its parts do not fit together: {name}, {module}, fed with {shapes}: {error}"
+    )
+
+
+def differences(old: object, new: object, key: str = "") -> list[str]:
     """What changed from one config to another: `schedule.max_iters 400 -> 800`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in old | new
-            for line in differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))
-        ]
-    return (
-        []
-        if json.dumps(old) == json.dumps(new)
-        else [f"{place} {json.dumps(old)} -> {json.dumps(new)}"]
-    )
+        lines = []
+        for name in old | new:
+            lines += differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        return lines
+    if json.dumps(old) == json.dumps(new):
+        return []
+    return [f"{key} {json.dumps(old)} -> {json.dumps(new)}"]
 
 
-# -------------------------------------------------------------------------------------------------- optimizer and schedule
+# ---------------------------------------------------------------------------- Optimizer, schedule
 
 
 def build_optimizer(
@@ -271,42 +357,57 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Any optimizer of torch.optim by its name, with its keywords.
 
-    paramwise: {part of a parameter's name: {"lr_mult": x, "decay_mult": y}}, of which the longest part that occurs in the name counts;
-    MMSegmentation's `custom_keys` around them is taken too. Where none occurs, `norm_decay_mult` applies to the parameters of norm layers,
-    `bias_lr_mult` and `bias_decay_mult` to the biases of the others. Each group keeps its `lr_mult`; parameters that share multipliers share a group.
+    paramwise: {part of a parameter's name: {"lr_mult": x, "decay_mult": y}}. The longest part that
+        occurs in a name counts. Where none does, `norm_decay_mult` applies to the parameters of
+        norm layers, and `bias_lr_mult` and `bias_decay_mult` to the biases of other layers.
+        MMSegmentation's `custom_keys` is accepted.
+
+    Parameters that share multipliers share a group, which keeps them as `lr_mult`.
     """
-    optimizer = getattr(torch.optim, str(type), None)
-    usable = (
-        inspect.isclass(optimizer)
-        and issubclass(optimizer, torch.optim.Optimizer)
-        and optimizer is not torch.optim.Optimizer
+    optimizer_class = optimizer_class_named(type)
+    check_keywords(optimizer_class, {"params": [], "lr": lr} | options, "optimizer")
+    defaults = inspect.signature(optimizer_class).parameters
+    weight_decay = 0.0
+    if "weight_decay" in defaults:
+        weight_decay = options.get("weight_decay", defaults["weight_decay"].default)
+
+    groups = []
+    for (lr_mult, decay_mult), parameters in group_by_multipliers(model, paramwise or {}).items():
+        group = {"params": parameters, "lr": lr * lr_mult, "lr_mult": lr_mult}
+        if decay_mult != 1.0:
+            group["weight_decay"] = weight_decay * decay_mult
+        groups.append(group)
+
+    if "fused" in defaults and not options.get("foreach") and not options.get("differentiable"):
+        device = next(model.parameters()).device
+        options = {"fused": device.type in ("cpu", "cuda")} | options
+    try:
+        return optimizer_class(groups, lr=lr, **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {error}") from None
+
+
+def optimizer_class_named(name: str) -> type[torch.optim.Optimizer]:
+    found = getattr(torch.optim, str(name), None)
+    is_optimizer = (
+        inspect.isclass(found)
+        and issubclass(found, torch.optim.Optimizer)
+        and found is not torch.optim.Optimizer
     )
-    if not usable or type in ("LBFGS", "SparseAdam"):  # which need a closure, and sparse gradients
+    # LBFGS needs a closure, SparseAdam sparse gradients.
+    if not is_optimizer or name in ("LBFGS", "SparseAdam"):
         raise ConfigError(
-            f"optimizer.type is {type!r}; expected the name of a class in torch.optim for dense gradients, such as SGD or AdamW"
+            f"optimizer.type is {name!r}; expected the name of a class in torch.optim for dense "
+            "gradients, such as SGD or AdamW"
         )
-    check_keywords(optimizer, {"params": [], "lr": lr} | options, "optimizer")
-    rules = dict(paramwise or {})
-    if not isinstance(rules.get("custom_keys", {}), dict):
-        raise ConfigError(
-            f"optimizer.paramwise.custom_keys is {rules['custom_keys']!r}; expected a section"
-        )
-    rules |= rules.pop("custom_keys", {})
-    general = {
-        key: rules.pop(key, 1.0) for key in ("norm_decay_mult", "bias_lr_mult", "bias_decay_mult")
-    }
-    for part, rule in [
-        *rules.items(),
-        *((key, {"lr_mult": value}) for key, value in general.items()),
-    ]:
-        if (
-            not isinstance(rule, dict)
-            or not rule.keys() <= {"lr_mult", "decay_mult"}
-            or not all(fits(value, float) for value in rule.values())
-        ):
-            raise ConfigError(
-                f'optimizer.paramwise.{part} is {rule!r}; expected {{"lr_mult": x, "decay_mult": y}}, or one of {", ".join(general)}'
-            )
+    return found
+
+
+def group_by_multipliers(
+    model: nn.Module, paramwise: dict
+) -> dict[tuple[float, float], list[nn.Parameter]]:
+    """The trainable parameters by their (lr_mult, decay_mult)."""
+    rules, general = parse_paramwise(paramwise)
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     groups = {}
     for prefix, module in model.named_modules():
@@ -316,29 +417,38 @@ def build_optimizer(
             matching = [part for part in rules if part in name]
             if matching:
                 rule = rules[max(matching, key=len)]
-                multipliers = rule.get("lr_mult", 1.0), rule.get("decay_mult", 1.0)
+                multipliers = (rule.get("lr_mult", 1.0), rule.get("decay_mult", 1.0))
             elif isinstance(module, norms):
-                multipliers = 1.0, general["norm_decay_mult"]
+                multipliers = (1.0, general["norm_decay_mult"])
             elif name.endswith(".bias"):
-                multipliers = general["bias_lr_mult"], general["bias_decay_mult"]
+                multipliers = (general["bias_lr_mult"], general["bias_decay_mult"])
             else:
-                multipliers = 1.0, 1.0
+                multipliers = (1.0, 1.0)
             groups.setdefault(multipliers, []).append(parameter)
-    defaults = inspect.signature(optimizer).parameters
-    decay = options.get(
-        "weight_decay", defaults["weight_decay"].default if "weight_decay" in defaults else 0.0
-    )
-    groups = [
-        {"params": parameters, "lr": lr * lr_mult, "lr_mult": lr_mult}
-        | ({} if decay_mult == 1.0 else {"weight_decay": decay * decay_mult})
-        for (lr_mult, decay_mult), parameters in groups.items()
-    ]
-    if "fused" in defaults and not options.get("foreach") and not options.get("differentiable"):
-        options = {"fused": next(model.parameters()).device.type in ("cpu", "cuda")} | options
-    try:
-        return optimizer(groups, lr=lr, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"optimizer: {error}") from None
+    return groups
+
+
+def parse_paramwise(paramwise: dict) -> tuple[dict[str, dict], dict[str, float]]:
+    """The rules by part of a name, and the multipliers for norms and biases. Raises ConfigError."""
+    rules = dict(paramwise)
+    general = {}
+    for key in ("norm_decay_mult", "bias_lr_mult", "bias_decay_mult"):
+        general[key] = rules.pop(key, 1.0)
+    custom_keys = rules.pop("custom_keys", {})
+    if not isinstance(custom_keys, dict):
+        raise ConfigError(f"optimizer.paramwise.custom_keys is {custom_keys!r}; expected a section")
+    rules |= custom_keys
+    for key, value in general.items():
+        require(fits(value, float), f"optimizer.paramwise.{key}", value, "a number")
+    for part, rule in rules.items():
+        is_rule = (
+            isinstance(rule, dict)
+            and rule.keys() <= {"lr_mult", "decay_mult"}
+            and all(fits(value, float) for value in rule.values())
+        )
+        expected = f'{{"lr_mult": x, "decay_mult": y}}, or one of {", ".join(general)}'
+        require(is_rule, f"optimizer.paramwise.{part}", rule, expected)
+    return rules, general
 
 
 def learning_rate(
@@ -353,26 +463,38 @@ def learning_rate(
     warmup_iters: int = 0,
     warmup_ratio: float = 1e-6,
 ) -> float:
-    """The learning rate of an iteration, counted from 0: polynomial decay with a floor, times a linear warm-up, as in mmcv 1.x.
+    """The learning rate of an iteration, counted from 0: polynomial decay to a floor, with warm-up.
 
-    (base_lr - min_lr) (1 - iteration / max_iters)^power + min_lr (PSPNet, arXiv:1612.01105); during `warmup` "linear" times
-    1 - (1 - iteration / warmup_iters) (1 - warmup_ratio).
+    (base_lr - min_lr) (1 - iteration / max_iters)^power + min_lr (PSPNet, arXiv:1612.01105). During
+    a "linear" warm-up this is multiplied by 1 - (1 - iteration / warmup_iters) (1 - warmup_ratio),
+    as in mmcv 1.x.
     """
-    if policy != "poly" or warmup not in (None, "linear"):
-        raise ConfigError(
-            f'schedule.policy is {policy!r} and schedule.warmup {warmup!r}; expected "poly", and null or "linear"'
-        )
+    require(policy == "poly", "schedule.policy", policy, '"poly"')
+    require(warmup in (None, "linear"), "schedule.warmup", warmup, 'null or "linear"')
+    require(max_iters >= 1, "schedule.max_iters", max_iters, "at least 1")
+    require(warmup_iters >= 0, "schedule.warmup_iters", warmup_iters, "0 or more")
     lr = (base_lr - min_lr) * max(0.0, 1 - iteration / max_iters) ** power + min_lr
     if warmup and iteration < warmup_iters:
         lr *= 1 - (1 - iteration / warmup_iters) * (1 - warmup_ratio)
     return lr
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+def set_learning_rate(optimizer: torch.optim.Optimizer, iteration: int, config: Config) -> float:
+    """Sets the learning rate of every parameter group. Returns that of multiplier 1."""
+    base_lr = config.optimizer["lr"]
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(iteration, base_lr * group["lr_mult"], **config.schedule)
+    return learning_rate(iteration, base_lr, **config.schedule)
 
 
-def atomic_write(path: Path, write) -> None:
-    """Writes a file whole or not at all: `write(file)` to a temporary name beside it, flushed to disk, then renamed."""
+# -------------------------------------------------------------------------------------- Checkpoints
+
+
+def atomic_write(path: Path, write: Callable) -> None:
+    """Writes a file whole or not at all.
+
+    `write(file)` fills a temporary file in the same folder, which is flushed to disk and renamed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -386,7 +508,7 @@ def atomic_write(path: Path, write) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Gives a file a second name, at once; on file systems without links, a copy."""
+    """Gives a file a second name atomically. File systems without hard links get a copy."""
     temporary = name.with_name(f".{name.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -397,284 +519,339 @@ def link(path: Path, name: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint, onto the CPU, without running code that may be in it. Raises CheckpointError."""
-    path = Path(path)
-    if not path.is_file():
+    """Reads a checkpoint onto the CPU without running code that it may hold.
+
+    Raises CheckpointError.
+    """
+    if not Path(path).is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; nothing was started")
     try:
         return models.read_weights(path)
     except UserError as error:
         raise CheckpointError(
-            f"checkpoint {path} is damaged, or holds Python objects, which could run code and are not loaded: {error}. "
-            "Take another file, or --resume-from auto for the newest good one of the work_dir."
+            f"checkpoint {path} is damaged, or holds Python objects, which could run code and are "
+            f"not loaded: {error}. Take another file, or --resume-from auto for the newest good "
+            "one of the work_dir."
         ) from None
 
 
 def newest_checkpoints(work_dir: Path) -> list[Path]:
-    """iter_N.pth of a work_dir, the newest first."""
-    found = [
-        path for path in work_dir.glob("iter_*.pth") if re.fullmatch(r"iter_\d+\.pth", path.name)
-    ]
-    return sorted(found, key=iteration_of, reverse=True)
+    """The files iter_N.pth of a work_dir, newest first."""
+    paths = work_dir.glob("iter_*.pth")
+    checkpoints = [path for path in paths if re.fullmatch(r"iter_\d+\.pth", path.name)]
+    return sorted(checkpoints, key=iteration_of, reverse=True)
 
 
 def iteration_of(path: Path) -> int:
     return int(path.stem.removeprefix("iter_"))
 
 
-def find_checkpoint(work_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a work_dir that is good, or None if there is none at all, and what is wrong with the newer ones."""
-    complaints = []
+def find_checkpoint(work_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
+    """The newest good checkpoint of a work_dir, its content, and what is wrong with newer ones.
+
+    (None, None, []) if the work_dir has no checkpoint. Raises CheckpointError if none is good.
+    """
+    problems = []
     for path in newest_checkpoints(work_dir):
         try:
-            bad = not_finite(load_checkpoint(path))
-            if not bad:
-                return path, complaints
-            complaints.append(f"checkpoint {path} holds values that are not finite, in {bad[0]}")
+            checkpoint = load_checkpoint(path)
         except CheckpointError as error:
-            complaints.append(str(error))
-    if complaints:
-        raise CheckpointError(
-            "\n".join(
-                complaints + [f"{work_dir} holds no good checkpoint; delete these to start afresh"]
-            )
+            problems.append(str(error))
+            continue
+        bad_keys = not_finite(checkpoint)
+        if not bad_keys:
+            return path, checkpoint, problems
+        problems.append(f"checkpoint {path} holds values that are not finite, in {bad_keys[0]}")
+    if problems:
+        problems.append(f"{work_dir} holds no good checkpoint; delete these to start afresh")
+        raise CheckpointError("\n".join(problems))
+    return None, None, []
+
+
+def not_finite(state: object, key: str = "") -> list[str]:
+    """The keys of tensors in nested dicts that hold infinities or NaN."""
+    if isinstance(state, dict):
+        keys = []
+        for name, value in state.items():
+            keys += not_finite(value, f"{key}.{name}".lstrip("."))
+        return keys
+    if isinstance(state, Tensor) and state.is_floating_point() and not state.isfinite().all():
+        return [key]
+    return []
+
+
+class TrainState:
+    """Everything that a checkpoint restores.
+
+    iteration: optimizer steps finished.
+    best: {"mIoU", "iteration"} of the best validation so far.
+    validated: False if a signal interrupted the validation that is due at this iteration.
+    log_sizes: bytes of each log file at the checkpoint. Later lines will be written again.
+    resumed_from: the checkpoint that was loaded, or None.
+    """
+
+    def __init__(
+        self, model: Segmentor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.iteration = 0
+        self.best = None
+        self.validated = True
+        self.resumed_from = None
+        # Without a checkpoint, logs are left over from a run that died before its first save.
+        self.log_sizes = dict.fromkeys(RunDir.LOGS, 0)
+
+    def state_dict(self) -> dict:
+        return {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "iteration": self.iteration,
+            "best": self.best,
+            "validated": self.validated,
+        }
+
+    def load_state_dict(self, checkpoint: dict) -> None:
+        """Raises RuntimeError or ValueError for a checkpoint of another network or optimizer."""
+        config_groups = [dict(group) for group in self.optimizer.param_groups]
+        self.model.load_state_dict(checkpoint["state_dict"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        # Settings such as weight decay come from the config: they may be changed on purpose.
+        for group, settings in zip(self.optimizer.param_groups, config_groups):
+            group.update(settings)
+        if checkpoint["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.iteration = checkpoint["iteration"]
+        self.best = checkpoint.get("best")
+        self.validated = checkpoint.get("validated", True)
+        self.log_sizes = checkpoint.get("logs", {})
+
+
+def initialize(state: TrainState, args: argparse.Namespace, config: Config) -> list[str]:
+    """Sets the state that the run starts from. Returns notes for the log.
+
+    In order of precedence:
+    1. --resume-from: the whole state of a checkpoint; "auto" is the work_dir's newest good one.
+    2. --load-from: weights only, at iteration 0.
+    3. model.backbone.pretrained: weights of the backbone.
+    4. From scratch.
+    """
+    is_main = dist_utils.rank() == 0
+    path = args.resume_from
+    checkpoint = None
+    notes = []
+    if path == "auto":
+        problems = []
+        if is_main:
+            path, checkpoint, problems = find_checkpoint(Path(config.work_dir))
+        path, problems = dist_utils.broadcast_object((path, problems))
+        notes += problems
+        if path is None:
+            notes.append("no checkpoint yet: starting afresh")
+
+    if path:
+        return notes + resume(state, path, checkpoint or load_checkpoint(path), config)
+    if args.load_from:
+        report = models.load_weights(state.model, load_checkpoint(args.load_from))
+        return [*notes, f"weights from {args.load_from}: {report}"]
+    if args.eval_only:
+        raise ConfigError(
+            "--eval-only has no weights to evaluate: name them by --load-from or --resume-from"
         )
-    return None, complaints
+    if state.model.pretrained and is_main:  # `distribute` sends rank 0's weights to the others
+        notes.append(models.load_pretrained(state.model))
+    return notes
 
 
-def restore(
-    checkpoint: dict,
-    path: Path,
-    config: dict,
-    model: Segmentor,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    """Puts a checkpoint of this code into net, optimizer and loss scaler. Raises CheckpointError if it is of another net."""
+def resume(state: TrainState, path: str | Path, checkpoint: dict, config: Config) -> list[str]:
+    """Restores a checkpoint that train.py wrote. Raises CheckpointError if it does not fit."""
     if not checkpoint.keys() >= {"state_dict", "optimizer", "iteration", "scaler"}:
         raise CheckpointError(
-            f"{path} is no checkpoint of train.py: it cannot be resumed. Its weights alone may be taken by --load-from {path}."
+            f"{path} is no checkpoint of train.py: it cannot be resumed. "
+            f"Its weights alone may be taken by --load-from {path}."
         )
-    before, now = (
-        c.get("config", {}).get("optimizer", {}).get("type")
-        for c in (checkpoint, {"config": config})
-    )
-    if before not in (None, now):
+    old_config = checkpoint.get("config", asdict(config))
+    old_type = old_config.get("optimizer", {}).get("type")
+    new_type = config.optimizer["type"]
+    if old_type not in (None, new_type):
         raise CheckpointError(
-            f"{path} holds the state of {before}, the config says {now}. Go on with {before}, or take the weights alone by --load-from {path}."
+            f"{path} holds the state of {old_type}, the config says {new_type}. "
+            f"Go on with {old_type}, or take the weights alone by --load-from {path}."
         )
-    settings = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
     try:
-        model.load_state_dict(checkpoint["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        state.load_state_dict(checkpoint)
     except (RuntimeError, ValueError) as error:
         lines = str(error).splitlines()
+        if len(lines) > 6:
+            lines[6:] = ["..."]
         raise CheckpointError(
-            "\n".join(
-                [
-                    f"{path} is of another net or optimizer than the config's; take its own config, or --load-from for the weights "
-                    "that fit:"
-                ]
-                + lines[:6]
-                + ["..."] * (len(lines) > 6)
-            )
+            f"{path} is of another network or optimizer than the config's; take its own config, "
+            "or --load-from for the weights that fit:\n" + "\n".join(lines)
         ) from None
-    for group, own in zip(
-        optimizer.param_groups, settings
-    ):  # the config rules, so that it can be changed on purpose
-        group.update(own)
-    if checkpoint["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(checkpoint["scaler"])
+    state.resumed_from = path
+    if Path(path).resolve().parent != Path(config.work_dir).resolve():
+        state.log_sizes = {}  # of the logs in another work_dir
+    notes = [f"resumed from {path} at iteration {state.iteration}"]
+    for line in differences(old_config, asdict(config)):
+        notes.append(f"changed since then: {line}")
+    return notes
 
 
-def snapshot(
-    model: Segmentor,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    config: dict,
-    source: Data,
-    iteration: int,
-    best: dict | None,
-    validated: bool = True,
-) -> dict:
-    """The content of a checkpoint: plain types and tensors. `validated`: False if a validation is due at `iteration` that a signal broke off."""
-    return {
-        "state_dict": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "iteration": iteration,
-        "best": best,
-        "validated": validated,
-        "config": config,
-        "classes": list(source.classes),
-        "palette": [list(map(int, c)) for c in source.palette],
-        "versions": versions(),
-    }
-
-
-def not_finite(state: object, place: str = "") -> list[str]:
-    """The places of tensors in nested dicts that hold infinities or NaN."""
-    if isinstance(state, dict):
-        return [
-            line
-            for key, value in state.items()
-            for line in not_finite(value, f"{place}.{key}".lstrip("."))
-        ]
-    return (
-        [place]
-        if isinstance(state, Tensor) and state.is_floating_point() and not state.isfinite().all()
-        else []
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------- work_dir
+# ------------------------------------------------------------------------------------------- RunDir
 
 
 class RunDir:
-    """The folder of a run: config.json, train.log, metrics.jsonl, checkpoints, TensorBoard's files (where that is installed).
+    """The folder of a run: config.json, logs, checkpoints, TensorBoard files if that is installed.
 
-    Rank 0 writes; on other ranks the methods do nothing. `fresh`: a new run, which refuses a folder that holds one; else one that goes on from
-    iteration `start`, or, if that is None, an evaluation, which only adds to the logs. `sizes`: the bytes of each log at the checkpoint: what was
-    written later will be written again, so it is cut off.
+    Rank 0 writes; on other ranks the methods do nothing.
     """
 
     LOGS = ("train.log", "metrics.jsonl")
 
-    def __init__(
-        self, path: Path, config: dict, fresh: bool, start: int | None, sizes: dict, keep: int
-    ):
-        self.path, self.keep, self.failed, self.logs, self.board = path, keep, None, (), None
-        if dist_utils.rank():
+    def __init__(self, path: Path, keep: int):
+        self.path = path
+        self.keep = keep  # the number of iter_N.pth files
+        self.logs = {}
+        self.board = None
+        self.save_error = None  # why the last checkpoint could not be written
+
+    def open(self, config: Config, state: TrainState, eval_only: bool) -> None:
+        """Opens the logs. Training first takes the folder over; an evaluation only adds to logs."""
+        if dist_utils.rank() > 0:
             return
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            if start is not None:
-                self.take(config, fresh, start, sizes)
-            self.logs = [open(path / name, "a", buffering=1) for name in self.LOGS]
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not eval_only:
+                self.take_over(config, state)
+            for name in self.LOGS:
+                self.logs[name] = open(self.path / name, "a", buffering=1)
         except OSError as error:
             raise ConfigError(
-                f"work_dir {path} cannot be written: {error}. Name another with --work-dir."
+                f"work_dir {self.path} cannot be written: {error}. Name another with --work-dir."
             ) from None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(path / "tensorboard"), purge_step=start)
+            purge_step = None if eval_only else state.iteration
+            self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
 
-    def take(self, config: dict, fresh: bool, start: int, sizes: dict) -> None:
-        """Makes the folder this run's own, as it was at iteration `start`."""
+    def take_over(self, config: Config, state: TrainState) -> None:
+        """Brings the folder back to what it was at the state's iteration."""
         self.lock()
-        found = sorted(self.path.glob("*.pth"))
-        if fresh and found:
+        checkpoints = sorted(self.path.glob("*.pth"))
+        if checkpoints and not state.resumed_from:
             raise ConfigError(
-                f"work_dir {self.path} already holds a run: {found[-1].name}. Go on with it by --resume-from auto, or name another --work-dir; "
-                "nothing was overwritten."
+                f"work_dir {self.path} already holds a run: {checkpoints[-1].name}. Go on with it "
+                "by --resume-from auto, or name another --work-dir; nothing was overwritten."
             )
-        for newer in newest_checkpoints(self.path):
-            if (
-                iteration_of(newer) > start
-            ):  # damaged, or of a course that this run leaves by resuming before it
-                os.replace(newer, f"{newer}.old")
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
-        atomic_write(
-            self.path / "config.json",
-            lambda file: file.write(
-                json.dumps(config | {"run": describe_run()}, indent=1).encode()
-            ),
-        )
-        for name in self.LOGS:
+        for path in newest_checkpoints(self.path):
+            # Damaged, or of a course that is abandoned by resuming from an earlier checkpoint.
+            if iteration_of(path) > state.iteration:
+                os.replace(path, f"{path}.old")
+        for temporary in self.path.glob(".*.tmp"):
+            temporary.unlink()
+        content = json.dumps(asdict(config) | {"run": describe_run()}, indent=1)
+        atomic_write(self.path / "config.json", lambda file: file.write(content.encode()))
+        for name, size in state.log_sizes.items():
             log = self.path / name
-            if log.exists() and log.stat().st_size > sizes.get(name, math.inf):
-                os.truncate(log, max(0, int(sizes[name])))
+            if name in self.LOGS and log.exists() and log.stat().st_size > size:
+                os.truncate(log, max(0, int(size)))
 
     def lock(self, patience: float = 150) -> None:
-        """One run at a time: two would overwrite each other's checkpoints. A file server may hold the lock of a lost machine for a while."""
-        self.locked, end = open(self.path / ".lock", "a"), time.monotonic() + patience
+        """Waits up to `patience` seconds for another run in this folder to end.
+
+        Two runs at once would overwrite each other's checkpoints. A file server may hold the lock
+        of a lost machine for a while.
+        """
+        self.lock_file = open(self.path / ".lock", "a")
+        deadline = time.monotonic() + patience
+        is_waiting = False
         while True:
             try:
-                return fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except BlockingIOError:
-                if time.monotonic() > end:
+                if time.monotonic() > deadline:
                     raise ConfigError(
-                        f"another run is at work in {self.path}: name another --work-dir, or end that one. If there is none, its machine was lost: "
-                        f"remove {self.path / '.lock'}"
+                        f"another run is at work in {self.path}: name another --work-dir, or end "
+                        "that one. If there is none, its machine was lost: remove "
+                        f"{self.path / '.lock'}"
                     ) from None
-                if end - time.monotonic() > patience - 0.5:
+                if not is_waiting:
                     tqdm.write(f"waiting for another run in {self.path} to end")
+                is_waiting = True
                 time.sleep(1)
             except OSError:  # a file system without locks
-                return None
+                return
 
-    def line(self, text: str) -> None:
-        if self.logs:
+    def log(self, *texts: str) -> None:
+        """Prints lines and adds them to train.log."""
+        if not self.logs:
+            return
+        for text in texts:
             tqdm.write(text)
-            self.write(0, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self.append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, mode: str, iteration: int, values: dict) -> None:
+        """Adds a line to metrics.jsonl, and the scalars among `values` to TensorBoard."""
         if self.logs:
-            self.write(1, json.dumps({"mode": mode, "iteration": iteration} | values) + "\n")
+            record = {"mode": mode, "iteration": iteration} | values
+            self.append("metrics.jsonl", json.dumps(record) + "\n")
         if self.board:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     with contextlib.suppress(OSError):
                         self.board.add_scalar(f"{mode}/{name}", value, iteration)
 
-    def write(self, log: int, text: str) -> None:
+    def append(self, name: str, text: str) -> None:
         try:
-            self.logs[log].write(text)
+            self.logs[name].write(text)
         except OSError as error:  # a full disk costs a line, not the run
-            tqdm.write(f"{self.LOGS[log]}: {error}")
+            tqdm.write(f"{name}: {error}")
 
     def save(self, content: dict, names: list[str]) -> None:
-        """Writes `content` under the first name and links the others to it; then removes all but the last `keep` iter_N.pth.
+        """Writes a checkpoint under the first name and links the other names to it.
 
-        A write that fails is reported and noted in `failed`; the earlier checkpoints stand, and the run goes on to the next.
+        Then removes all but the last `keep` iter_N.pth. If writing fails, the earlier checkpoints
+        stand, `save_error` says why, and the run continues to the next one.
         """
-        if dist_utils.rank():
+        if dist_utils.rank() > 0:
             return
-        self.line(f"saving {', '.join(names)}")
-        sizes = {name: os.fstat(log.fileno()).st_size for name, log in zip(self.LOGS, self.logs)}
+        self.log(f"saving {', '.join(names)}")
+        first = self.path / names[0]
+        sizes = {name: os.fstat(log.fileno()).st_size for name, log in self.logs.items()}
         try:
-            self.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-            atomic_write(
-                self.path / names[0], lambda file: torch.save(content | {"logs": sizes}, file)
-            )
+            atomic_write(first, lambda file: torch.save(content | {"logs": sizes}, file))
             for name in names[1:]:
-                link(self.path / names[0], self.path / name)
-            for old in [
-                *newest_checkpoints(self.path)[self.keep :],
-                *self.path.glob("iter_*.pth.old"),
-            ]:
-                old.unlink()
+                link(first, self.path / name)
+            for path in newest_checkpoints(self.path)[self.keep :]:
+                path.unlink()
+            for path in self.path.glob("iter_*.pth.old"):
+                path.unlink()
             if self.board:
                 self.board.flush()
-            self.failed = None
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            while (
-                error.__context__
-            ):  # to what the operating system said, which torch.save speaks over
+            self.save_error = None
+        except (OSError, RuntimeError) as error:
+            while error.__context__:  # Unwrap the OSError that torch.save hides.
                 error = error.__context__
-            self.failed = f"checkpoint {self.path / names[0]} could not be written: {error}"
-            self.line(f"{self.failed}; the earlier ones stand, the run goes on to the next")
+            self.save_error = f"checkpoint {first} could not be written: {error}"
+            self.log(f"{self.save_error}; the earlier ones stand, the run goes on to the next")
 
 
 def describe_run() -> dict:
-    """What a run must note to be repeated: command line, commit and changes of the code, versions, machine."""
+    """What it takes to repeat a run: the command, the code's commit and changes, versions, host."""
 
     def git(*arguments: str) -> str | None:
+        command = ["git", *arguments]
         try:
-            return (
-                subprocess.run(
-                    ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, check=True
-                )
-                .stdout.decode(errors="replace")
-                .strip()
+            answer = subprocess.run(
+                command, cwd=Path(__file__).parent, capture_output=True, check=True
             )
-        except (OSError, subprocess.CalledProcessError):  # no git, or a copy of the files alone
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
             return None
+        return answer.stdout.decode(errors="replace").strip()
 
     return {
         "command": [sys.executable, *sys.argv],
@@ -687,6 +864,7 @@ def describe_run() -> dict:
 
 
 def versions() -> dict:
+    has_gpu = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -694,113 +872,117 @@ def versions() -> dict:
         "numpy": np.__version__,
         "pillow": PIL.__version__,
         "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if has_gpu else "cpu",
     }
 
 
-def duration(seconds: float) -> str:
-    hours, seconds = divmod(int(seconds), 3600)
-    return f"{hours}:{seconds // 60:02d}:{seconds % 60:02d}"
-
-
-# ------------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------ Metrics, evaluation
 
 
 def classify(
     logits: Tensor, label: Tensor, align_corners: bool, threshold: float = 0.5, chunk: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """The best class (N, H, W) of each pixel of `label` (N, H, W), and the sum of cross entropy over the valid ones.
+    """Predicted classes at the label's size, and the sum of cross entropy over valid pixels.
 
-    Logits (N, classes, h, w) are up-sampled `chunk` classes at a time, so that memory does not grow with their number. `threshold`: the
-    probability beyond which class 1 of two is taken.
+    logits (N, classes, h, w), label (N, H, W) -> classes (N, H, W), loss ().
+    Logits are upsampled `chunk` classes at a time, so that memory does not grow with the number of
+    classes. threshold: the probability above which class 1 of two is predicted.
     """
-    best = best_class = log_sum = None
-    own = torch.zeros(label.shape, device=logits.device)
+    label_logit = torch.zeros(label.shape, device=logits.device)  # the logit of the true class
     for first in range(0, logits.size(1), chunk):
         part = F.interpolate(
             logits[:, first : first + chunk],
             label.shape[1:],
             mode="bilinear",
             align_corners=align_corners,
-        )
-        top, index = part.max(1)
+        )  # (N, up to chunk, H, W)
+        part_max, part_class = part.max(1)
+        part_log_sum = part.logsumexp(1)
         if threshold != 0.5:
-            index = (part[:, 1] - part[:, 0] > math.log(threshold / (1 - threshold))).long()
-        at = label.long() - first
-        own += part.gather(1, at.clamp(0, part.size(1) - 1)[:, None])[:, 0] * (
-            (at >= 0) & (at < part.size(1))
-        )
+            log_odds = math.log(threshold / (1 - threshold))
+            part_class = (part[:, 1] - part[:, 0] > log_odds).long()
+        index = label.long() - first
+        is_in_part = (index >= 0) & (index < part.size(1))
+        index = index.clamp(0, part.size(1) - 1)
+        label_logit += part.gather(1, index[:, None])[:, 0] * is_in_part
         if first == 0:
-            best, best_class, log_sum = top, index, part.logsumexp(1)
+            best = part_max
+            best_class = part_class
+            log_sum = part_log_sum
         else:
-            best_class = torch.where(top > best, index + first, best_class)
-            best, log_sum = torch.maximum(best, top), torch.logaddexp(log_sum, part.logsumexp(1))
-    return best_class, ((log_sum - own) * (label != 255)).sum(dtype=torch.float64)
+            best_class = torch.where(part_max > best, part_class + first, best_class)
+            best = torch.maximum(best, part_max)
+            log_sum = torch.logaddexp(log_sum, part_log_sum)
+    loss = (log_sum - label_logit) * (label != IGNORE)
+    return best_class, loss.sum(dtype=torch.float64)
 
 
 def compute_metrics(confusion: Tensor) -> dict:
-    """MMSegmentation's metrics from a confusion matrix (classes, classes), rows the truth, columns the prediction.
+    """MMSegmentation's metrics of a confusion matrix (true classes, predicted classes).
 
-    IoU, Acc (recall), Precision and Dice (the F1 score) are lists over classes, None where a class does not occur; means leave those out.
+    IoU, Acc (recall), Precision and Dice (F1 score) are lists over classes, with None for a class
+    that does not occur. The means leave those classes out.
     """
     confusion = confusion.double().cpu()
-    hit, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    correct = confusion.diag()
+    true = confusion.sum(1)
+    predicted = confusion.sum(0)
     per_class = {
-        "IoU": hit / (truth + predicted - hit),
-        "Acc": hit / truth,
-        "Precision": hit / predicted,
-        "Dice": 2 * hit / (truth + predicted),
+        "IoU": correct / (true + predicted - correct),
+        "Acc": correct / true,
+        "Precision": correct / predicted,
+        "Dice": 2 * correct / (true + predicted),
     }
-    result = {"mIoU": 0.0, "mAcc": 0.0, "aAcc": (hit.sum() / truth.sum().clamp(min=1)).item()}
-    result |= {
-        f"m{name}": values.nanmean().nan_to_num(0.0).item() for name, values in per_class.items()
-    }
-    result["mFscore"] = result["mDice"]
-    return result | {
-        name: [None if math.isnan(v) else v for v in values.tolist()]
-        for name, values in per_class.items()
-    }
+    metrics = {"mIoU": 0.0, "mAcc": 0.0}  # the order of the log
+    metrics["aAcc"] = (correct.sum() / true.sum().clamp(min=1)).item()
+    for name, values in per_class.items():
+        metrics[f"m{name}"] = values.nanmean().nan_to_num(0.0).item()
+    metrics["mFscore"] = metrics["mDice"]
+    for name, values in per_class.items():
+        metrics[name] = [None if math.isnan(value) else value for value in values.tolist()]
+    return metrics
 
 
-def table(result: dict, classes: Sequence[str]) -> str:
-    """A line a class: IoU, Acc, Dice in percent."""
+def table(metrics: dict, classes: Sequence[str]) -> str:
+    """A line for each class: IoU, Acc and Dice in percent."""
 
-    def percent(value):
+    def percent(value: float | None) -> str:
         return "     -" if value is None else f"{100 * value:6.2f}"
 
     width = max(map(len, classes))
     lines = [f"{'class':{width}}    IoU    Acc   Dice"]
-    lines += [
-        f"{name:{width}} {percent(i)} {percent(a)} {percent(d)}"
-        for name, i, a, d in zip(classes, result["IoU"], result["Acc"], result["Dice"])
-    ]
-    absent = [name for name, value in zip(classes, result["IoU"]) if value is None]
-    return "\n".join(
-        lines + [f"left out of the means, as they never occur: {', '.join(absent)}"] * bool(absent)
-    )
+    absent = []
+    for name, *values in zip(classes, metrics["IoU"], metrics["Acc"], metrics["Dice"]):
+        lines.append(" ".join([f"{name:{width}}", *map(percent, values)]))
+        if values[0] is None:
+            absent.append(name)
+    if absent:
+        lines.append(f"left out of the means, as they never occur: {', '.join(absent)}")
+    return "\n".join(lines)
 
 
-def colored(classes: Tensor, palette: Sequence) -> Image.Image:
-    """A map of classes (H, W) as a palette image; 255 is black."""
+def palette_image(classes: Tensor, palette: Sequence) -> Image.Image:
+    """A map of classes (H, W) as an image with a palette. Ignored pixels are black."""
+    colors = np.zeros((256, 3), np.uint8)
+    colors[: len(palette)] = palette
     image = Image.fromarray(classes.byte().cpu().numpy())
-    image.putpalette(
-        np.asarray(list(palette) + [[0, 0, 0]] * (256 - len(palette)), np.uint8).tobytes()
-    )
+    image.putpalette(colors.tobytes())
     return image
 
 
 def write_preview(
     path: Path, image: Tensor, label: Tensor, prediction: Tensor, palette: Sequence
 ) -> None:
-    """Image (C, h, w), truth and prediction (H, W) side by side."""
+    """Writes a PNG of the image (C, h, w), the label and the prediction (H, W) side by side."""
     image = image[:3] if image.size(0) >= 3 else image[:1].expand(3, -1, -1)
     if image.dtype != torch.uint8:
         image = 255 * (image - image.min()) / (image.max() - image.min()).clamp_min(1e-6)
-    size = label.shape[::-1]
-    sheet = Image.new("RGB", (3 * size[0], size[1]))
-    sheet.paste(Image.fromarray(image.byte().permute(1, 2, 0).cpu().numpy()).resize(size), (0, 0))
-    sheet.paste(colored(label, palette).convert("RGB"), (size[0], 0))
-    sheet.paste(colored(prediction, palette).convert("RGB"), (2 * size[0], 0))
+    pixels = image.byte().permute(1, 2, 0).cpu().numpy()
+    height, width = label.shape
+    sheet = Image.new("RGB", (3 * width, height))
+    sheet.paste(Image.fromarray(pixels).resize((width, height)), (0, 0))
+    sheet.paste(palette_image(label, palette).convert("RGB"), (width, 0))
+    sheet.paste(palette_image(prediction, palette).convert("RGB"), (2 * width, 0))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: sheet.save(file, "png"))
@@ -808,547 +990,571 @@ def write_preview(
         tqdm.write(f"{path}: {error}")
 
 
+def write_predictions(show_dir: Path, batch: dict, prediction: Tensor, data: Data) -> None:
+    """Writes each prediction (N, H, W) as a palette PNG. Every process writes its own images."""
+    for index, classes in zip(batch["index"].tolist(), prediction):
+        path = show_dir / f"{index:06d}_{Path(data.val.name(index)).stem}.png"
+        try:
+            palette_image(classes, data.palette).save(path)
+        except OSError as error:
+            tqdm.write(f"{path}: {error}")
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout and batch norm as in evaluation, and no autotuning for every size of image."""
+    was_training = model.training
+    was_tuning = torch.backends.cudnn.benchmark
+    model.eval()
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        torch.backends.cudnn.benchmark = was_tuning
+
+
 @torch.inference_mode()
 def evaluate(
     model: Segmentor,
-    source: Data,
+    data: Data,
     device: torch.device,
     settings: Evaluation = Evaluation(),
-    autocast=contextlib.nullcontext,
+    autocast: Callable = contextlib.nullcontext,
     augment: bool = False,
     preview: Path | None = None,
     show_dir: Path | None = None,
-    interrupted=lambda: False,
+    interrupted: Callable = lambda: False,
 ) -> dict | None:
-    """Scores `model` on the validation split, at the labels' own size, each image once whatever the number of processes.
+    """Scores the model on the validation split at the labels' own size.
 
-    The same for validation while training and for --eval-only. Returns `scores` with `loss`, the mean cross entropy over valid pixels,
-    and `confusion`; None if `interrupted()` on any process. `augment`: several scales and mirror images. `preview`: a PNG of the first
-    image. `show_dir`: a PNG of each prediction.
+    Validation while training and --eval-only both run this. Each image counts once whatever the
+    number of processes. Returns `compute_metrics` with `loss`, the mean cross entropy over valid
+    pixels, and `confusion`; None if `interrupted()` is true on any process.
+
+    augment: average over several scales and mirror images.
+    preview: where to write a PNG of the first image.
+    show_dir: where to write a PNG of each prediction.
     """
-    training, classes, tuned = model.training, len(source.classes), torch.backends.cudnn.benchmark
-    model.eval()
-    torch.backends.cudnn.benchmark = (
-        False  # which would try out all algorithms for every size of image
-    )
-    confusion = torch.zeros(
-        classes * classes + 1, dtype=torch.int64, device=device
-    )  # the last counts ignored pixels
+    num_classes = len(data.classes)
+    dtype = next(model.parameters()).dtype
+    # The last cell counts ignored pixels.
+    confusion = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    batches = source.val_batches(
-        dist_utils.rank(),
-        dist_utils.world_size(),
-        settings.scale,
-        settings.batch_size if settings.mode == "whole" else 1,
-    )
-    broken = torch.zeros((), device=device)
+    is_interrupted = torch.zeros((), device=device)
     windows = {
         "mode": settings.mode,
         "crop_size": settings.crop_size,
         "stride": settings.stride,
         "batch_size": settings.batch_size,
     }
-    for number, batch in enumerate(
-        tqdm(
-            batches,
-            "evaluate",
-            leave=False,
-            disable=dist_utils.rank() > 0 or not sys.stderr.isatty(),
-        )
-    ):
-        if interrupted():
-            broken += 1
-            break
-        image, label = source.prepare(batch, device)
-        image = image.to(next(model.parameters()).dtype)
-        with autocast():
-            logits = (
-                model.inference_tta(image, label.shape[1:], settings.ratios, **windows)
-                if augment
-                else model.inference(image, **windows)
-            )
-        prediction, batch_loss = classify(logits, label, model.align_corners, model.threshold)
-        loss += batch_loss
-        cell = torch.where(label == 255, classes * classes, label.long() * classes + prediction)
-        confusion += torch.bincount(cell.flatten(), minlength=classes * classes + 1)
-        if preview and number == 0 and dist_utils.rank() == 0:
-            write_preview(preview, batch["image"][0], label[0], prediction[0], source.palette)
-        if show_dir:  # the one thing that each process writes for itself: its own images
-            for index, classes_of in zip(batch["index"], prediction):
-                path = show_dir / f"{int(index):06d}_{Path(source.val.name(int(index))).stem}.png"
-                try:
-                    colored(classes_of, source.palette).save(path)
-                except OSError as error:
-                    tqdm.write(f"{path}: {error}")
-    model.train(training)
-    torch.backends.cudnn.benchmark = tuned
-    if dist_utils.all_reduce(broken):
+    batches = data.val_batches(
+        dist_utils.rank(),
+        dist_utils.world_size(),
+        settings.scale,
+        settings.batch_size if settings.mode == "whole" else 1,
+    )
+    is_quiet = dist_utils.rank() > 0 or not sys.stderr.isatty()
+    with evaluation_mode(model):
+        for batch in tqdm(batches, "evaluate", leave=False, disable=is_quiet):
+            if interrupted():
+                is_interrupted += 1
+                break
+            image, label = data.prepare(batch, device)
+            image = image.to(dtype)
+            with autocast():
+                if augment:
+                    size = label.shape[1:]
+                    logits = model.inference_tta(image, size, settings.ratios, **windows)
+                else:
+                    logits = model.inference(image, **windows)
+            prediction, loss_sum = classify(logits, label, model.align_corners, model.threshold)
+            loss += loss_sum
+            cell = label.long() * num_classes + prediction
+            cell = torch.where(label == IGNORE, num_classes * num_classes, cell)
+            confusion += torch.bincount(cell.flatten(), minlength=len(confusion))
+            if preview and dist_utils.rank() == 0:
+                write_preview(preview, batch["image"][0], label[0], prediction[0], data.palette)
+                preview = None
+            if show_dir:
+                write_predictions(show_dir, batch, prediction, data)
+    if dist_utils.all_reduce(is_interrupted):
         return None
-    dist_utils.all_reduce(confusion), dist_utils.all_reduce(loss)
-    confusion = confusion[:-1].view(classes, classes)
-    return compute_metrics(confusion) | {
-        "loss": (loss / confusion.sum().clamp(min=1)).item(),
-        "confusion": confusion.tolist(),
-    }
+    dist_utils.all_reduce(confusion)
+    dist_utils.all_reduce(loss)
+    confusion = confusion[:-1].view(num_classes, num_classes)
+    metrics = compute_metrics(confusion)
+    metrics["loss"] = (loss / confusion.sum().clamp(min=1)).item()
+    metrics["confusion"] = confusion.tolist()
+    return metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------- One training step
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
     """The type of the weights, and that of autocast or None."""
+    if name == "fp64":
+        return torch.float64, None
     if name == "auto":
-        native = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        )
-        name = "bf16" if native else "fp32"
-    return torch.float64 if name == "fp64" else torch.float32, {
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-    }.get(name)
+        name = "bf16" if computes_in_bf16(device) else "fp32"
+    return torch.float32, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
-def dry_run(config: dict, batch: int) -> Segmentor:
-    """Builds the net on the meta device, which costs neither memory nor time, and runs it there. Raises ConfigError if it does not fit together."""
-    with torch.device("meta"):
-        model, entered = models.build_model(config["model"]).train(), []
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(
-                lambda module, inputs, name=name: entered.append((name, module, inputs))
-            )
-        try:
-            size = config["data"]["crop_size"]
-            model(
-                torch.zeros(batch, model.in_channels, *size),
-                torch.zeros(batch, *size, dtype=torch.uint8),
-            )
-        except NotImplementedError:  # a net of one's own may use operations without a meta kernel
-            pass
-        except (
-            UserError,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-        ) as error:
-            if "more than 1 value per channel" in str(error):
-                raise ConfigError(
-                    f"a batch norm of this net would see one value a channel, which has no variance: a process takes {batch} image at a time and "
-                    "a layer pools it to 1 x 1. Raise data.batch_size, lower data.accumulate, or start more processes."
-                ) from None
-            if not entered:
-                raise ConfigError(
-                    f"data.crop_size: {config['data']['crop_size']}: {error}"
-                ) from None
-            name, module, inputs = entered[-1]
-            shapes = [list(x.shape) for x in inputs if isinstance(x, Tensor)]
-            raise ConfigError(
-                f"model: its parts do not fit together: {name}, {module}, fed with {shapes}: {error}"
-            ) from error
-    return model
-
-
-def model_summary(model: Segmentor) -> str:
-    parts = [
-        type(part).__name__
-        for part in (model.backbone, model.neck, model.decode_head)
-        if part is not None
-    ]
-    return (
-        f"{', '.join(parts)}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-    )
+def computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:
-    return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1, np.uint64)[0] >> 1)
+    """The seed of one process's random numbers, such as dropout, in one iteration."""
+    sequence = np.random.SeedSequence((seed, iteration, rank))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+class StepTimer:
+    """Seconds per iteration and seconds of it spent waiting for data, averaged since `reset`."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.began = time.perf_counter()
+        self.steps = 0
+        self.data_wait = 0.0
+
+    def tick(self, data_wait: float) -> None:
+        """Counts one iteration."""
+        self.steps += 1
+        self.data_wait += data_wait
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside, as for validating and saving, is no part of the iterations."""
+        paused = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused
+
+    def averages(self) -> tuple[float, float]:
+        return (time.perf_counter() - self.began) / self.steps, self.data_wait / self.steps
 
 
 def forward_backward(
     net: nn.Module,
-    batches,
-    source: Data,
+    batches: Iterator[dict],
+    data: Data,
     device: torch.device,
     dtype: torch.dtype,
-    autocast,
+    autocast: Callable,
     scaler: torch.amp.GradScaler,
     stopping: bool,
     timeout: float,
-) -> tuple[dict, bool, float]:
-    """The gradient of one step, over its micro-batches. Returns the losses, averaged over the processes, whether any process is to stop,
-    and the seconds spent waiting for data."""
-    values, waited = 0.0, 0.0
-    for micro in range(source.accumulate):
-        asked, last = time.perf_counter(), micro == source.accumulate - 1
+) -> tuple[dict[str, float], bool, float]:
+    """Computes the gradient of one step over its micro-batches.
+
+    Returns the losses averaged over all processes, whether any process was told to stop, and the
+    seconds spent waiting for data.
+    """
+    values = 0.0
+    data_wait = 0.0
+    for micro_batch in range(data.accumulate):
+        is_last = micro_batch == data.accumulate - 1
+        began = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - asked
-        image, label = source.prepare(batch, device)
-        with contextlib.nullcontext() if last or dist_utils.world_size() == 1 else net.no_sync():
+        data_wait += time.perf_counter() - began
+        image, label = data.prepare(batch, device)
+        # DDP averages the gradients of all micro-batches once, with the last one.
+        is_synchronized = is_last or dist_utils.world_size() == 1
+        with contextlib.nullcontext() if is_synchronized else net.no_sync():
             with autocast():
                 losses = net(image.to(dtype), label)
-            values = (
-                values
-                + torch.stack([loss.detach().double() for loss in losses.values()])
-                / source.accumulate
-            )
-            if last:  # the host waits for this mean alone, while the device goes on with the backward pass
+            detached = [loss.detach().double() for loss in losses.values()]
+            values = values + torch.stack(detached) / data.accumulate
+            if is_last:
+                # The host later waits for this mean alone, while the device runs backward.
                 flag = torch.full((1,), float(stopping), dtype=values.dtype, device=device)
                 mean = dist_utils.AsyncMean(torch.cat([values, flag]), timeout)
-            scaler.scale(sum(losses.values()) / source.accumulate).backward()
+            scaler.scale(sum(losses.values()) / data.accumulate).backward()
     *means, stopping = mean.result()
-    return dict(zip(losses, means)) | {"loss": sum(means)}, stopping > 0, waited
+    averaged = dict(zip(losses, means)) | {"loss": sum(means)}
+    return averaged, stopping > 0, data_wait
 
 
-def check_gradients(model: nn.Module, folder: RunDir) -> None:
-    """After the first backward: names parameters that no loss depends on. DDP would fail at the next step without a name."""
+def optimizer_step(state: TrainState, clip_grad: float | None) -> None:
+    """Clips the gradient, updates the weights and clears the gradient."""
+    if clip_grad:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def check_gradients(model: nn.Module, run_dir: RunDir) -> None:
+    """Names the parameters that no loss depends on, after the first backward pass.
+
+    With several processes this is an error: DDP would fail at the next step without a name.
+    """
     unused = [
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter.grad is None
     ]
-    if unused:
-        text = f"no loss depends on {len(unused)} parameters: {', '.join(unused[:8])}. Take them out of the net, or set requires_grad=False on them."
-        if dist_utils.world_size() > 1:
-            raise ConfigError(text + " Several processes cannot average their gradients.")
-        folder.line(text)
+    if not unused:
+        return
+    message = (
+        f"no loss depends on {len(unused)} parameters: {', '.join(unused[:8])}. "
+        "Take them out of the network, or set requires_grad=False on them."
+    )
+    if dist_utils.world_size() > 1:
+        raise ConfigError(f"{message} Several processes cannot average their gradients.")
+    run_dir.log(message)
 
 
-def run(args: argparse.Namespace, config: dict, device: torch.device) -> str:
-    """One experiment from its config to its end: "done", or "stopped" by a signal, its state saved."""
-    rank, world_size = dist_utils.rank(), dist_utils.world_size()
-    work_dir, settings = Path(config["work_dir"]), Evaluation(**config["evaluation"])
-    checkpointing, log_interval, max_iters = (
-        Checkpoint(**config["checkpoint"]),
-        Logging(**config["log"]).interval,
-        config["schedule"]["max_iters"],
+def stop_on_non_finite(
+    state: TrainState, losses: dict, is_first: bool, config: Config, data: Data, run_dir: RunDir
+) -> None:
+    """Saves a checkpoint that replays the iteration, and raises UserError.
+
+    is_first: whether this is the run's first iteration, so that no update of it broke the weights.
+    """
+    iteration = state.iteration
+    replay = run_dir.path / f"not_finite_iter_{iteration}.pth"
+    run_dir.save(checkpoint_content(state, config, data), [replay.name])
+    # The first rank to exit kills the others; wait until rank 0 has written.
+    dist_utils.barrier()
+
+    weights = "The weights were not updated"
+    culprit = iteration  # the iteration whose batch is to blame
+    broken = not_finite({name: p.data for name, p in state.model.named_parameters()})
+    if broken and not is_first:
+        culprit = iteration - 1
+        weights = f"The update of iteration {culprit} broke the weights ({broken[0]}, ...)"
+    indices = range(culprit * data.batch_size, (culprit + 1) * data.batch_size)
+    files = [f"  {index} {name}" for index, name in zip(indices, data.sample_files(indices))]
+    launcher = "python"
+    if dist_utils.world_size() > 1:
+        launcher = f"torchrun --standalone --nproc_per_node={dist_utils.world_size()}"
+    values = ", ".join(f"{name} {value}" for name, value in losses.items())
+    raise UserError(
+        f"the loss of iteration {iteration} (counted from 0) is not finite: {values}. {weights}. "
+        f"Sample numbers and files of the batch of iteration {culprit}:\n"
+        + "\n".join(files)
+        + f"\nTo repeat iteration {iteration}: {launcher} train.py "
+        f"--config {run_dir.path / 'config.json'} --work-dir {run_dir.path / 'replay'} "
+        f"--resume-from {replay}\n"
+        "Lower the learning rate, set clip_grad=1, or precision=fp32, and go on from the last "
+        "checkpoint by --resume-from auto."
     )
 
-    # ---- arithmetic
-    dtype, low = choose_precision(config["precision"], device)
 
-    def autocast():
-        return torch.autocast(device.type, low, enabled=low is not None)
+# ------------------------------------------------------------------------------------------ The run
 
-    torch.backends.cudnn.benchmark = not config["deterministic"]
-    torch.use_deterministic_algorithms(config["deterministic"])
-    scaler = torch.amp.GradScaler(device.type, enabled=low == torch.float16)
 
-    # ---- data
-    source = Data(**config["data"], seed=config["seed"]).to(device)
-    if (
-        not args.eval_only and world_size == 1 and source.batch_size == source.accumulate
-    ):  # several processes share their statistics
-        dry_run(config, 1)
-    source.check(train=not args.eval_only, val=args.eval_only or not args.no_validate)
+def validate(
+    state: TrainState,
+    data: Data,
+    device: torch.device,
+    autocast: Callable,
+    args: argparse.Namespace,
+    config: Config,
+    run_dir: RunDir,
+    interrupted: Callable = lambda: False,
+) -> bool | None:
+    """Evaluates and logs. Returns whether this is the best mIoU so far; None if interrupted."""
+    began = time.perf_counter()
+    metrics = evaluate(
+        state.model,
+        data,
+        device,
+        config.evaluation,
+        autocast,
+        augment=args.aug_test,
+        preview=run_dir.path / "preview" / f"iter_{state.iteration}.png",
+        show_dir=Path(args.show_dir) if args.show_dir else None,
+        interrupted=interrupted,
+    )
+    if metrics is None:
+        return None
+    seconds = time.perf_counter() - began
+    means = [f"{name} {100 * metrics[name]:.2f}" for name in ("mIoU", "mAcc", "aAcc", "mDice")]
+    run_dir.log(
+        f"validation at iteration {state.iteration}: {len(data.val)} images in {seconds:.1f} s\n"
+        f"{table(metrics, data.classes)}\n{', '.join(means)}, loss {metrics['loss']:.4f}"
+    )
+    run_dir.metrics("val", state.iteration, metrics)
+    if state.best and metrics["mIoU"] <= state.best["mIoU"]:
+        return False
+    state.best = {"mIoU": metrics["mIoU"], "iteration": state.iteration}
+    return True
 
-    # ---- net and optimizer
-    torch.manual_seed(config["seed"])
-    model = models.build_model(config["model"])
-    for name, head in [
-        *model.named(model.decode_head, "decode_head"),
-        *model.named(model.auxiliary_head, "auxiliary_head"),
-    ]:
-        if head.num_classes != len(source.classes):
+
+def checkpoint_content(state: TrainState, config: Config, data: Data) -> dict:
+    """A checkpoint's content: plain types and tensors."""
+    return state.state_dict() | {
+        "config": asdict(config),
+        "classes": list(data.classes),
+        "palette": [[int(value) for value in color] for color in data.palette],
+        "versions": versions(),
+    }
+
+
+def save(state: TrainState, config: Config, data: Data, run_dir: RunDir, names: list[str]) -> None:
+    """Saves a checkpoint under all of `names`. Raises UserError if the state is not finite."""
+    content = checkpoint_content(state, config, data)
+    bad_keys = not_finite({key: content[key] for key in ("state_dict", "optimizer")})
+    if bad_keys:
+        raise UserError(
+            f"after iteration {state.iteration} there are values that are not finite in "
+            f"{', '.join(bad_keys[:5])}: no checkpoint was written, the last one stands. "
+            "Lower the learning rate, or set clip_grad, or precision=fp32."
+        )
+    run_dir.save(content, names)
+
+
+def report(
+    state: TrainState, lr: float, losses: dict, timer: StepTimer, config: Config, run_dir: RunDir
+) -> None:
+    """Logs one line to train.log and one to metrics.jsonl.
+
+    Times are in seconds per iteration, memory in MiB: the peak of the GPU's, or of a CPU process's.
+    """
+    seconds, data_wait = timer.averages()
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    max_iters = config.schedule["max_iters"]
+    line = (
+        f"Iter [{state.iteration}/{max_iters}] lr: {lr:.3e}, "
+        f"eta: {duration(seconds * (max_iters - state.iteration))}, time: {seconds:.3f}, "
+        f"data_time: {data_wait:.3f}, memory: {memory:.0f}, "
+    )
+    line += ", ".join(f"{name}: {value:.4f}" for name, value in losses.items())
+    if data_wait > 0.1 * seconds:
+        share = 100 * data_wait / seconds
+        line += (
+            f"; waiting for data {share:.0f} % of the time: raise data.workers or set data.cache"
+        )
+    run_dir.log(line)
+    values = {"lr": lr, "time": seconds, "data_time": data_wait, "memory": memory}
+    run_dir.metrics("train", state.iteration, values | losses)
+
+
+def duration(seconds: float) -> str:
+    hours, seconds = divmod(int(seconds), 3600)
+    return f"{hours}:{seconds // 60:02d}:{seconds % 60:02d}"
+
+
+def model_summary(model: Segmentor) -> str:
+    parts = [model.backbone, model.neck, model.decode_head]
+    names = [type(part).__name__ for part in parts if part is not None]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return f"{', '.join(names)}, {count / 1e6:.1f} M parameters"
+
+
+def build_network(config: Config, data: Data) -> Segmentor:
+    """The network with random weights. Raises ConfigError if its classes are not the data's."""
+    torch.manual_seed(config.seed)
+    model = models.build_model(config.model)
+    heads = model.named_heads(model.decode_head, "decode_head")
+    heads += model.named_heads(model.auxiliary_head, "auxiliary_head")
+    for name, head in heads:
+        if head.num_classes != len(data.classes):
             raise ConfigError(
-                f"model.{name}.num_classes is {head.num_classes}, but data set {config['data']['type']} has {len(source.classes)} classes: "
-                f"{', '.join(source.classes[:8])}... They must agree."
+                f"model.{name}.num_classes is {head.num_classes}, but data set "
+                f"{config.data['type']} has {len(data.classes)} classes: "
+                f"{', '.join(data.classes[:8])}... They must agree."
             )
-    model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, **config["optimizer"])
+    return model
 
-    # ---- where to start: --resume-from before --load-from before the backbone's `pretrained`
-    start, best, validated, notes = 0, None, True, []
-    sizes = dict.fromkeys(
-        RunDir.LOGS, 0
-    )  # what is there without a checkpoint is of a try that ended before its first
-    path = args.resume_from
-    if path == "auto":
-        path, complaints = dist_utils.broadcast_object(
-            find_checkpoint(work_dir) if rank == 0 else None
-        )
-        notes += complaints + ["no checkpoint yet: starting afresh"] * (path is None)
-    if path:
-        checkpoint = load_checkpoint(path)
-        restore(checkpoint, path, config, model, optimizer, scaler)
-        start, best, validated = (
-            checkpoint["iteration"],
-            checkpoint.get("best"),
-            checkpoint.get("validated", True),
-        )
-        notes += [f"resumed from {path} at iteration {start}"]
-        notes += [
-            f"changed since then: {line}"
-            for line in differences(checkpoint.get("config", config), config)
-        ]
-        sizes = (
-            checkpoint.get("logs", {}) if Path(path).resolve().parent == work_dir.resolve() else {}
-        )
-        del checkpoint  # as large as the net and its optimizer
-    elif args.load_from:
-        notes += [
-            f"weights from {args.load_from}: "
-            + models.load_weights(model, load_checkpoint(args.load_from))
-        ]
-    elif args.eval_only:
-        raise ConfigError(
-            "--eval-only has no weights to evaluate: name them by --load-from or --resume-from"
-        )
-    elif model.pretrained and rank == 0:  # the others get rank 0's weights
-        notes += [models.load_pretrained(model)]
+
+def wrap(model: Segmentor, config: Config) -> nn.Module:
+    """The network as the training step calls it: in DDP, compiled."""
     net = dist_utils.distribute(model)
-    net = models.compiled(net) if config["compile"] else net
+    if config.compile:
+        net = models.compiled(net)
+    return net
 
-    batches = None if args.eval_only else source.train_batches(rank, world_size, start)
 
-    # ---- work_dir
-    folder = RunDir(
-        work_dir, config, not path, None if args.eval_only else start, sizes, checkpointing.keep
-    )
-    folder.line(
-        f"{model_summary(model)}; {world_size} process(es) on {device.type}, {low or dtype}; work_dir {work_dir}"
-    )
-    for note in notes:
-        folder.line(note)
-
-    def validate(done: int, interrupted=lambda: False) -> bool | None:
-        """Evaluates and logs. Returns whether this is the best so far; None if interrupted."""
-        nonlocal best
-        began, show_dir = time.perf_counter(), Path(args.show_dir) if args.show_dir else None
-        result = evaluate(
-            model,
-            source,
-            device,
-            settings,
-            autocast,
-            args.aug_test,
-            work_dir / "preview" / f"iter_{done}.png",
-            show_dir,
-            interrupted,
-        )
-        if result is None:
-            return None
-        folder.line(
-            f"validation at iteration {done}: {len(source.val)} images in {time.perf_counter() - began:.1f} s\n{table(result, source.classes)}\n"
-            + ", ".join(
-                f"{key} {100 * result[key]:.2f}" for key in ("mIoU", "mAcc", "aAcc", "mDice")
-            )
-            + f", loss {result['loss']:.4f}"
-        )
-        folder.metrics("val", done, result)
-        improved = best is None or result["mIoU"] > best["mIoU"]
-        best = {"mIoU": result["mIoU"], "iteration": done} if improved else best
-        return improved
-
-    def save(names: list[str], done: int, validated: bool = True) -> None:
-        content = snapshot(model, optimizer, scaler, config, source, done, best, validated)
-        bad = not_finite({key: content[key] for key in ("state_dict", "optimizer")})
-        if bad:
-            raise UserError(
-                f"after iteration {done} there are values that are not finite in {', '.join(bad[:5])}: no checkpoint was written, the last one "
-                "stands. Lower the learning rate, or set clip_grad, or precision=fp32."
-            )
-        folder.save(content, names)
-
+def load_data(args: argparse.Namespace, config: Config, device: torch.device) -> Data:
+    """The data sets, checked before anything is written."""
+    data = Data(**config.data, seed=config.seed).to(device)
+    takes_one_image = data.batch_size == data.accumulate and dist_utils.world_size() == 1
+    if takes_one_image and not args.eval_only:  # several processes would share their statistics
+        dry_run(config, batch_size=1)
+    data.check(train=not args.eval_only, val=args.eval_only or not args.no_validate)
     if args.show_dir:
-        try:
-            Path(args.show_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--show-dir {args.show_dir} cannot be written: {error}") from None
+        make_folder(args.show_dir)
+    return data
+
+
+def make_folder(path: str) -> Path:
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"folder {folder} cannot be written: {error}") from None
+    return folder
+
+
+def run(args: argparse.Namespace, config: Config, device: torch.device) -> str:  # noqa: PLR0915
+    """One experiment from its config to its end: "done", or "stopped" by a signal, state saved."""
+    rank = dist_utils.rank()
+    world_size = dist_utils.world_size()
+    max_iters = config.schedule["max_iters"]
+
+    # Arithmetic.
+    dtype, low_precision = choose_precision(config.precision, device)
+    autocast = functools.partial(
+        torch.autocast, device.type, low_precision, enabled=low_precision is not None
+    )
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+
+    # Data, network, optimizer.
+    data = load_data(args, config, device)
+    model = build_network(config, data)
+    model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, **config.optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=low_precision == torch.float16)
+
+    # Where to start.
+    state = TrainState(model, optimizer, scaler)
+    notes = initialize(state, args, config)
+    start = state.iteration
+    net = wrap(model, config)
+    batches = None
+    if not args.eval_only:
+        batches = data.train_batches(rank, world_size, start)
+
+    # The run directory.
+    run_dir = RunDir(Path(config.work_dir), config.checkpoint.keep)
+    run_dir.open(config, state, args.eval_only)
+    summary = f"{model_summary(model)}; {world_size} process(es) on {device.type}, "
+    run_dir.log(f"{summary}{low_precision or dtype}; work_dir {config.work_dir}", *notes)
+    evaluation = functools.partial(validate, state, data, device, autocast, args, config, run_dir)
     if args.eval_only:
-        validate(start)
+        evaluation()
         return "done"
 
-    # ---- the loop
-    quiet = rank > 0 or not sys.stderr.isatty()
     with (
         contextlib.closing(batches),
         dist_utils.StopSignal() as stop,
-        tqdm(total=max_iters, initial=start, disable=quiet) as bar,
+        tqdm(total=max_iters, initial=start, disable=rank > 0 or not sys.stderr.isatty()) as bar,
     ):
-        if not validated and not args.no_validate and validate(start):
-            save(["best.pth"], start)
-        since, first, waited = time.perf_counter(), start, 0.0
-        for iteration in range(start, max_iters):
-            lr = learning_rate(iteration, config["optimizer"]["lr"], **config["schedule"])
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    iteration, config["optimizer"]["lr"] * group["lr_mult"], **config["schedule"]
-                )
-            torch.manual_seed(step_seed(config["seed"], iteration, rank))  # dropout
-            losses, stopping, wait = forward_backward(
+        # A signal interrupted the validation that was due when this checkpoint was saved.
+        if not state.validated and not args.no_validate and evaluation():
+            save(state, config, data, run_dir, ["best.pth"])
+        state.validated = True
+
+        def due(interval: int) -> bool:
+            return state.iteration % interval == 0 or state.iteration == max_iters
+
+        timer = StepTimer()
+        stopping = False
+        while state.iteration < max_iters and not stopping:
+            # All that is scheduled or random is a function of the iteration: a resumed run is the
+            # same run.
+            lr = set_learning_rate(optimizer, state.iteration, config)
+            torch.manual_seed(step_seed(config.seed, state.iteration, rank))
+
+            # A stop signal travels with the losses: all ranks leave after the same iteration.
+            losses, stopping, data_wait = forward_backward(
                 net,
                 batches,
-                source,
+                data,
                 device,
                 dtype,
                 autocast,
                 scaler,
                 stop.received > 0,
-                config["timeout"],
+                config.timeout,
             )
+            is_first = state.iteration == start
             if not math.isfinite(losses["loss"]):
-                replay = work_dir / f"not_finite_iter_{iteration}.pth"
-                folder.save(
-                    snapshot(model, optimizer, scaler, config, source, iteration, best),
-                    [replay.name],
-                )
-                dist_utils.barrier()  # who ends first ends the others, and with them the saving
-                broken = not_finite(
-                    {name: parameter.data for name, parameter in model.named_parameters()}
-                )
-                raise UserError(
-                    not_finite_message(
-                        iteration,
-                        losses,
-                        broken if iteration > start else [],
-                        source,
-                        work_dir,
-                        replay,
-                    )
-                )
-            if iteration == start:
-                check_gradients(model, folder)
-            if config["clip_grad"]:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad"])
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            done, waited = iteration + 1, waited + wait
-
-            logged = done % log_interval == 0 or done == max_iters
-            if logged:
-                seconds = (time.perf_counter() - since) / (done - first)
-                report(
-                    folder, done, max_iters, lr, seconds, waited / (done - first), device, losses
-                )
-            if (
-                logged or done == start + 1
-            ):  # in the first, workers start and libraries tune themselves, which says nothing of the others
-                since, first, waited = time.perf_counter(), done, 0.0
+                stop_on_non_finite(state, losses, is_first, config, data, run_dir)
+            if is_first:
+                check_gradients(model, run_dir)
+            optimizer_step(state, config.clip_grad)
+            state.iteration += 1
+            timer.tick(data_wait)
             bar.set_postfix(loss=f"{losses['loss']:.4f}", lr=f"{lr:.2e}", refresh=False)
             bar.update()
 
-            began, end = time.perf_counter(), done == max_iters
-            improved = False
-            if (done % settings.interval == 0 or end) and not args.no_validate:
-                improved = validate(done, lambda: stop.received)
-            if done % checkpointing.interval == 0 or end or stopping or improved is None:
-                save(
-                    [f"iter_{done}.pth", "latest.pth"] + ["best.pth"] * bool(improved),
-                    done,
-                    validated=improved is not None,
-                )
-            elif improved:
-                save(["best.pth"], done)
-            since += time.perf_counter() - began  # not a part of the steps' time
-            if stopping and not end or improved is None:
-                folder.line(
-                    f"stopped by a signal after iteration {done} of {max_iters}; go on with --resume-from auto"
-                )
-                return "stopped"
-    if folder.failed:
-        raise CheckpointError(f"the last {folder.failed}")
+            if due(config.log.interval):
+                report(state, lr, losses, timer, config, run_dir)
+                timer.reset()
+            if is_first:  # Exclude the first step: worker start-up and autotuning.
+                timer.reset()
+
+            # Validate before saving, so that the checkpoint knows its score.
+            with timer.pause():
+                is_best = False
+                if due(config.evaluation.interval) and not args.no_validate:
+                    is_best = evaluation(lambda: stop.received)
+                    state.validated = is_best is not None
+                names = ["best.pth"] if is_best else []
+                if due(config.checkpoint.interval) or stopping or not state.validated:
+                    names = [f"iter_{state.iteration}.pth", "latest.pth", *names]
+                if names:
+                    save(state, config, data, run_dir, names)
+            stopping = stopping or not state.validated
+
+    if state.iteration < max_iters or not state.validated:
+        run_dir.log(
+            f"stopped by a signal after iteration {state.iteration} of {max_iters}; "
+            "go on with --resume-from auto"
+        )
+        return "stopped"
+    if run_dir.save_error:
+        raise CheckpointError(f"the last {run_dir.save_error}")
     return "done"
 
 
-def not_finite_message(
-    iteration: int, losses: dict, broken: list[str], source: Data, work_dir: Path, replay: Path
-) -> str:
-    """`broken`: the weights that were not finite before this batch came."""
-    culprit = iteration - bool(broken)
-    positions = range(culprit * source.batch_size, (culprit + 1) * source.batch_size)
-    files = "\n  ".join(
-        f"{position} {name}" for position, name in zip(positions, source.sample_files(positions))
-    )
-    launcher = (
-        "python"
-        if dist_utils.world_size() == 1
-        else f"torchrun --standalone --nproc_per_node={dist_utils.world_size()}"
-    )
-    values = ", ".join(f"{name} {value}" for name, value in losses.items())
-    weights = (
-        f"The update of iteration {culprit} broke the weights ({broken[0]}, ...)"
-        if broken
-        else "The weights were not updated"
-    )
-    return (
-        f"the loss of iteration {iteration} (counted from 0) is not finite: {values}. {weights}. Sample positions and files of the "
-        f"batch of iteration {culprit}:\n  {files}\nIteration {iteration} again: {launcher} train.py --config {work_dir / 'config.json'} "
-        f"--work-dir {work_dir / 'replay'} --resume-from {replay}\nLower the learning rate, set clip_grad=1, or precision=fp32, and go on from the last "
-        "checkpoint by --resume-from auto."
-    )
-
-
-def report(
-    folder: RunDir,
-    done: int,
-    max_iters: int,
-    lr: float,
-    seconds: float,
-    waited: float,
-    device: torch.device,
-    losses: dict,
-) -> None:
-    """One line in train.log and one in metrics.jsonl. Times in seconds an iteration, memory in MiB: the GPU's peak, or a CPU process's."""
-    memory = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
-    advice = (
-        f"; waiting for data {100 * waited / seconds:.0f} % of the time: raise data.workers or set data.cache"
-        if waited > 0.1 * seconds
-        else ""
-    )
-    folder.line(
-        f"Iter [{done}/{max_iters}] lr: {lr:.3e}, eta: {duration(seconds * (max_iters - done))}, time: {seconds:.3f}, data_time: {waited:.3f}, "
-        f"memory: {memory:.0f}, "
-        + ", ".join(f"{name}: {value:.4f}" for name, value in losses.items())
-        + advice
-    )
-    folder.metrics(
-        "train", done, {"lr": lr, "time": seconds, "data_time": waited, "memory": memory} | losses
-    )
+# ------------------------------------------------------------------------------------- Command line
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="a JSON file, such as one of configs/")
-    parser.add_argument(
-        "--work-dir", help="folder of logs and checkpoints; default: the config's work_dir"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", required=True, help="a JSON file, such as one of configs/")
+    add("--work-dir", help="folder of logs and checkpoints; default: the config's work_dir")
+    add(
         "--resume-from",
         metavar="PATH|auto",
-        help="go on from a checkpoint; auto: the newest good one of the work_dir, if there is one",
+        help="go on from a checkpoint; auto: from the newest good one of the work_dir, if any",
     )
-    parser.add_argument(
+    add(
         "--load-from",
         metavar="PATH",
         help="take weights only (MMSegmentation's .pth too) and start at iteration 0",
     )
-    parser.add_argument("--no-validate", action="store_true", help="do not evaluate while training")
-    parser.add_argument(
+    add("--no-validate", action="store_true", help="do not evaluate while training")
+    add(
         "--eval-only",
         action="store_true",
-        help="evaluate the weights of --load-from or --resume-from, and end",
+        help="evaluate the weights of --load-from or --resume-from, then exit",
     )
-    parser.add_argument(
+    add(
         "--aug-test",
         action="store_true",
         help="evaluate at several scales (evaluation.ratios), each with its mirror image",
     )
-    parser.add_argument(
+    add(
         "--show-dir",
         metavar="DIR",
-        help="write each validation image's prediction there as a colored PNG",
+        help="write each validation image's prediction there as a PNG with a palette",
     )
-    parser.add_argument(
+    add(
+        "--check-data",
+        action="store_true",
+        help="decode every sample, print class frequencies and draw a contact sheet, then exit",
+    )
+    add(
         "--options",
         metavar="KEY=VALUE",
         nargs="+",
@@ -1362,39 +1568,51 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> str:
     """Runs train.py with these arguments. Returns "done", or "stopped" after a signal."""
     args = parse_args(argv)
-    config = load_config(
-        args.config,
-        args.options + ([f"work_dir={json.dumps(args.work_dir)}"] if args.work_dir else []),
-    )
-    if config["deterministic"]:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # which cuBLAS asks for, before it starts
-    device = dist_utils.init(timeout=config["timeout"])
+    options = list(args.options)
+    if args.work_dir:
+        options.append(f"work_dir={json.dumps(args.work_dir)}")
+    config = read_config(args.config, options)
+    if args.check_data:
+        folder = make_folder(args.show_dir or config.work_dir)
+        check_every_sample(Data(**config.data, seed=config.seed), folder / "contact_sheet.png")
+        return "done"
+    if config.deterministic:  # cuBLAS reads this when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = dist_utils.init(timeout=config.timeout)
     try:
         ending = run(args, config, device)
-        dist_utils.cleanup()  # not after an error: to leave in order would wait for processes that may be gone
+        # Not after an error: cleaning up would wait for processes that may be gone.
+        dist_utils.cleanup()
         return ending
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU's memory is too small: {error}\nSet model.backbone.with_cp=true (activation checkpointing), data.accumulate=2 or more "
-            "(the same batch in parts), precision=bf16, or a smaller data.crop_size."
-        ) from None
     except (RuntimeError, ProcessError) as error:
-        if dist_utils.world_size() > 1 and (
-            isinstance(error, dist_utils.COMMUNICATION) or "gloo" in str(error)
-        ):
-            raise ProcessError(
-                f"rank {dist_utils.rank()} lost contact with the others: {error}\nNo answer from rank(s) {dist_utils.lost_ranks()}: "
-                "what they printed last says why. Go on with --resume-from auto."
-            ) from None
-        if "deterministic" in str(error):
-            raise ConfigError(f"deterministic=true cannot be had with this net: {error}") from None
-        raise data.lost_worker(error) or error from None
+        raise as_user_error(error) from None
+
+
+def as_user_error(error: Exception) -> Exception:
+    """The UserError that explains a failure of the hardware, the network or a process.
+
+    Any other error, such as one in a user's module, is returned as it is.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            f"the GPU's memory is too small: {error}\n"
+            "Set model.backbone.with_cp=true (activation checkpointing), data.accumulate=2 or more "
+            "(the same batch in parts), precision=bf16, or a smaller data.crop_size."
+        )
+    if dist_utils.world_size() > 1 and dist_utils.is_communication_error(error):
+        return ProcessError(
+            f"rank {dist_utils.rank()} lost contact with the others: {error}\n"
+            f"No answer from rank(s) {dist_utils.lost_ranks()}: what they printed last says why. "
+            "Go on with --resume-from auto."
+        )
+    if "deterministic" in str(error):
+        return ConfigError(f"deterministic=true is not possible with this network: {error}")
+    return worker_failure(error) or error
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(0 if main() == "done" else 143)  # 143: ended by SIGTERM, as a shell counts
+        # 143 is how a shell reports an end by SIGTERM.
+        sys.exit(0 if main() == "done" else 143)
     except UserError as error:
         sys.exit(f"error: {error}")
