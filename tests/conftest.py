@@ -1,67 +1,98 @@
-"""What the tests share: a tiny config, and real runs of train.py's command line in processes that need not import torch anew."""
+"""Shared by the tests: a tiny config, runs of train.py's command line, and reference numbers.
 
+Runs are forked from a server process that has already imported torch, which saves seconds for each.
+"""
+
+import copy
 import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import sys
+import time
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
+PARITY = ROOT / "tests" / "parity"
 sys.path.insert(0, str(ROOT))
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch.distributed", "numpy", "PIL.Image", "tqdm"])
+# Building a model on the meta device imports torch._dynamo, which takes a second.
+SERVER.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch._dynamo", "numpy", "PIL.Image", "tqdm"]
+)
 
 
-def _child(argv: list[str], env: dict, log: str, cwd: str) -> None:
+def skip(reason: str) -> None:
+    """Skips the test; fails it where REQUIRE_ALL is set, as in CI."""
+    if os.environ.get("REQUIRE_ALL"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+# -------------------------------------------------------------------------------------------- Runs
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives to a process on a single machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _train(argv: list[str], env: dict[str, str], log: str, folder: str) -> None:
+    """Runs train.py in this process."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(env)
-    os.chdir(cwd)
+    os.chdir(folder)
     sys.argv = ["train.py", *argv]
     sys.path.insert(0, str(ROOT))
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 class Run:
-    """`python train.py ARGV` as one process, or as `world_size` processes that meet at a port, as torchrun starts them."""
+    """`python train.py ARGV` in `folder`, as one process or as `world_size` processes."""
 
     def __init__(self, argv: list, folder: Path, world_size: int = 1, env: dict | None = None):
         self.logs = [folder / f"rank{rank}.out" for rank in range(world_size)]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.processes = []
+        argv = [str(argument) for argument in argv]
+        port = free_port()
         for rank, log in enumerate(self.logs):
             log.unlink(missing_ok=True)
-            ranks = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world_size,
-                "LOCAL_WORLD_SIZE": world_size,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            environment = {
-                key: str(value)
-                for key, value in ((ranks if world_size > 1 else {}) | (env or {})).items()
-            }
-            process = SERVER.Process(
-                target=_child, args=([str(a) for a in argv], environment, str(log), str(folder))
-            )
+            environment = {}
+            if world_size > 1:
+                environment |= rank_environment(rank, world_size, port)
+            if env:
+                environment |= env
+            process = SERVER.Process(target=_train, args=(argv, environment, str(log), str(folder)))
             process.start()
             self.processes.append(process)
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Exit codes of the ranks."""
+        """Waits for every rank to end. Returns their exit codes."""
         for process in self.processes:
             process.join(timeout)
             if process.is_alive():
@@ -75,46 +106,128 @@ class Run:
         for process in self.processes:
             process.join()
 
+    def is_alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
     def output(self) -> str:
+        """Standard output and errors of all ranks so far."""
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
 
+def write_config(config: dict, folder: Path) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
 @pytest.fixture
-def tiny(tmp_path: Path) -> dict:
-    """A net of 44 thousand parameters on the built-in data set; six iterations."""
-    head = {"num_classes": 8, "align_corners": False}
+def run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """`run(config, "--resume-from", "auto", world_size=2, env={})` -> a finished Run.
+
+    expect: the exit code of every rank; None allows any.
+    started: return at once. What still runs at the end of the test is killed.
+    """
+    runs: list[Run] = []
+
+    def start(
+        config: dict,
+        *argv,
+        world_size: int = 1,
+        env: dict | None = None,
+        started: bool = False,
+        expect: int | None = 0,
+    ) -> Run:
+        path = write_config(config, tmp_path)
+        process = Run(["--config", path, *argv], tmp_path, world_size, env)
+        runs.append(process)
+        if not started:
+            codes = process.wait()
+            assert expect is None or set(codes) == {expect}, process.output()
+        return process
+
+    yield start
+    for process in runs:
+        process.kill()
+
+
+def failing(run, config: dict, *argv, world_size: int = 1, env: dict | None = None) -> str:
+    """The output of a run that must end with an error message and without a traceback."""
+    output = run(config, *argv, world_size=world_size, env=env, expect=1).output()
+    assert "error: " in output, output
+    assert "Traceback" not in output, output
+    return output
+
+
+def wait_for(condition: Callable[[], bool], process: Run, seconds: float = 60) -> None:
+    """Waits until `condition()` is true or the run has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and process.is_alive():
+        assert time.monotonic() < end, process.output()
+        time.sleep(0.002)
+
+
+# ----------------------------------------------------------------------------------------- Configs
+
+# Without batch norm, splitting a batch does not change the gradient.
+WITHOUT_BATCH_NORM = {
+    "backbone": {
+        "type": "MixVisionTransformer",
+        "embed_dims": 8,
+        "num_layers": [1, 1, 1, 1],
+        "drop_path_rate": 0.0,
+    },
+    "decode_head": {
+        "type": "FCNHead",
+        "in_channels": 64,
+        "in_index": 3,
+        "channels": 64,
+        "num_convs": 0,
+        "concat_input": False,
+        "dropout_ratio": 0.0,
+        "num_classes": 8,
+    },
+}
+
+
+def tiny_config(work_dir: Path) -> dict:
+    """Six iterations of a model with 44 thousand parameters on the built-in data set."""
+    backbone = {
+        "type": "ResNet",
+        "depth": 18,
+        "base_channels": 8,
+        "stem_channels": 8,
+        "strides": [1, 2, 1, 1],
+        "dilations": [1, 1, 2, 4],
+    }
+    decode_head = {
+        "type": "PSPHead",
+        "in_channels": 64,
+        "in_index": 3,
+        "channels": 16,
+        "pool_scales": [1, 2],
+        "dropout_ratio": 0.1,
+        "num_classes": 8,
+        "align_corners": False,
+    }
+    auxiliary_head = {
+        "type": "FCNHead",
+        "in_channels": 32,
+        "in_index": 2,
+        "channels": 8,
+        "num_convs": 1,
+        "concat_input": False,
+        "dropout_ratio": 0.1,
+        "num_classes": 8,
+        "align_corners": False,
+        "loss_decode": {"loss_weight": 0.4},
+    }
     return {
-        "work_dir": str(tmp_path / "work"),
+        "work_dir": str(work_dir),
         "precision": "fp32",
         "model": {
-            "backbone": {
-                "type": "ResNet",
-                "depth": 18,
-                "base_channels": 8,
-                "stem_channels": 8,
-                "strides": [1, 2, 1, 1],
-                "dilations": [1, 1, 2, 4],
-            },
-            "decode_head": {
-                "type": "PSPHead",
-                "in_channels": 64,
-                "in_index": 3,
-                "channels": 16,
-                "pool_scales": [1, 2],
-                "dropout_ratio": 0.1,
-                **head,
-            },
-            "auxiliary_head": {
-                "type": "FCNHead",
-                "in_channels": 32,
-                "in_index": 2,
-                "channels": 8,
-                "num_convs": 1,
-                "concat_input": False,
-                "dropout_ratio": 0.1,
-                **head,
-                "loss_decode": {"loss_weight": 0.4},
-            },
+            "backbone": backbone,
+            "decode_head": decode_head,
+            "auxiliary_head": auxiliary_head,
         },
         "data": {
             "type": "synthetic",
@@ -133,82 +246,163 @@ def tiny(tmp_path: Path) -> dict:
 
 
 @pytest.fixture
-def run(tmp_path: Path):
-    """run(config, "--resume-from", "auto", world_size=2, env={}) -> a finished Run; started=True -> one under way."""
-
-    def start(
-        config: dict,
-        *argv,
-        world_size: int = 1,
-        env: dict | None = None,
-        started: bool = False,
-        expect: int | None = 0,
-    ) -> Run:
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(config))
-        process = Run(["--config", path, *argv], tmp_path, world_size, env)
-        runs.append(process)
-        if not started:
-            codes = process.wait()
-            assert expect is None or set(codes) == {expect}, process.output()
-        return process
-
-    runs: list[Run] = []
-    yield start
-    for process in runs:
-        process.kill()
+def tiny(tmp_path: Path) -> dict:
+    return tiny_config(tmp_path / "work")
 
 
-class Parity:
-    """MMSegmentation's reference numbers in tests/parity, and the rule that fills weights and inputs in (its README)."""
+def set_in_heads(config: dict, **settings) -> None:
+    """Changes settings of both heads of the tiny config."""
+    for head in ("decode_head", "auxiliary_head"):
+        config["model"][head] |= settings
 
-    FOLDER = Path(__file__).resolve().parent / "parity"
 
-    def __call__(self, name: str) -> tuple:
-        """The net in float64 with dropout off and its weights filled in, and the reference trajectory."""
-        import models
+def sibling(config: dict, name: str) -> dict:
+    """The same config with another work_dir, beside that of the given one."""
+    config = copy.deepcopy(config)
+    config["work_dir"] = str(Path(config["work_dir"]).with_name(name))
+    return config
 
-        reference = json.loads((self.FOLDER / f"{name}.json").read_text())
-        net = models.build_model(reference["model"]).double().train()
-        state = {
-            key: self.value(key, tensor.shape) if tensor.is_floating_point() else tensor
-            for key, tensor in net.state_dict().items()
-        }
-        net.load_state_dict(state)
-        for module in net.modules():
-            if "Drop" in type(module).__name__:
-                module.p = 0.0
-        self.classes = net.num_classes
-        return net, json.loads((self.FOLDER / f"{name}.trajectory.json").read_text())
 
-    @staticmethod
-    def value(key: str, shape: tuple) -> torch.Tensor:
-        n = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
-        name = key.split(".")[-1]
-        if name == "running_var":
-            n = 1 + 0.1 * np.abs(n)
-        elif name in ("running_mean", "bias"):
-            n = 0.1 * n
-        else:
-            n = n / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 1 + 0.1 * n
-        return torch.as_tensor(n)
+# --------------------------------------------------------------------------------- Results of runs
 
-    @staticmethod
-    def image(step: int) -> torch.Tensor:
-        return torch.as_tensor(
-            np.random.default_rng(zlib.crc32(f"input{step}".encode())).standard_normal(
-                (2, 3, 97, 129)
-            )
-        )
 
-    def label(self, step: int) -> torch.Tensor:
-        label = np.random.default_rng(zlib.crc32(f"labels{step}".encode())).integers(
-            0, self.classes, (2, 97, 129)
-        )
-        label[:, :9] = 255
-        return torch.as_tensor(label)
+def metrics(config: dict, mode: str = "train") -> list[dict]:
+    """The lines of metrics.jsonl of one mode, without times and memory, which vary."""
+    found = []
+    for text in (Path(config["work_dir"]) / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if line["mode"] == mode:
+            for key in ("time", "data_time", "memory"):
+                line.pop(key, None)
+            found.append(line)
+    return found
+
+
+def iterations(config: dict) -> list[int]:
+    """The iterations of the training lines of metrics.jsonl, in the order of the file."""
+    return [line["iteration"] for line in metrics(config)]
+
+
+def last_iteration(config: dict) -> int:
+    """The last iteration in metrics.jsonl; 0 before the first. For runs under way."""
+    if not (Path(config["work_dir"]) / "metrics.jsonl").exists():
+        return 0
+    return max(iterations(config), default=0)
+
+
+def files_of(config: dict) -> dict[str, bytes]:
+    """Name -> content of the files of the work_dir, without its subfolders."""
+    paths = Path(config["work_dir"]).iterdir()
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def checkpoint(config: dict, name: str = "latest.pth") -> dict:
+    return torch.load(Path(config["work_dir"]) / name, weights_only=True)
+
+
+def assert_same(a: object, b: object, place: str = "") -> None:
+    """Equal bit for bit, including tensors in nested dicts and lists."""
+    assert type(a) is type(b), place
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for key in a:
+            assert_same(a[key], b[key], f"{place}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), place
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{place}[{i}]")
+    elif isinstance(a, Tensor):
+        assert a.dtype == b.dtype, place
+        assert torch.equal(a, b), place
+    else:
+        assert a == b, place
+
+
+def assert_same_run(a: dict, b: dict) -> None:
+    """Two runs ended with the same checkpoint and wrote the same metrics."""
+    for key in ("state_dict", "optimizer", "iteration", "best"):
+        assert_same(checkpoint(a)[key], checkpoint(b)[key], key)
+    for mode in ("train", "val"):
+        assert metrics(a, mode) == metrics(b, mode)
+
+
+# ------------------------------------------------------------------------- A run that tests share
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The tiny config after an uninterrupted run. Its work_dir is shared: do not write to it."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = tiny_config(folder / "work")
+    process = Run(["--config", write_config(config, folder)], folder)
+    assert process.wait() == [0], process.output()
+    return config
 
 
 @pytest.fixture
-def parity() -> Parity:
-    return Parity()
+def finished(straight: dict, tiny: dict) -> dict:
+    """The tiny config after an uninterrupted run, in a work_dir that the test may change."""
+    shutil.copytree(straight["work_dir"], tiny["work_dir"])
+    return tiny
+
+
+# ------------------------------------------------------- Reference numbers: see parity/README.md
+
+
+def _normal(key: str, shape: tuple) -> np.ndarray:
+    return np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
+
+
+def parity_tensor(key: str, shape: tuple) -> Tensor:
+    """The entry of a checkpoint, filled in by the rule of parity/README.md."""
+    n = _normal(key, shape)
+    name = key.rsplit(".", 1)[-1]
+    if name == "running_var":
+        n = 1 + 0.1 * np.abs(n)
+    elif name in ("running_mean", "bias"):
+        n = 0.1 * n
+    elif len(shape) >= 2:
+        n = n / np.sqrt(np.prod(shape[1:]))
+    else:
+        n = 1 + 0.1 * n
+    return torch.as_tensor(n)
+
+
+def parity_image(key: str = "input") -> Tensor:
+    return torch.as_tensor(_normal(key, (2, 3, 97, 129)))
+
+
+def parity_label(num_classes: int, key: str = "labels") -> Tensor:
+    rng = np.random.default_rng(zlib.crc32(key.encode()))
+    label = rng.integers(0, num_classes, (2, 97, 129))
+    label[:, :9] = 255
+    return torch.as_tensor(label)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model
+
+
+def parity_model(name: str) -> nn.Module:
+    """The model that NAME.json describes, in float64, with the rule's weights and no dropout.
+
+    Checks its number of parameters and its checkpoint's keys and shapes.
+    """
+    import models  # not at the top, where ROOT is not in sys.path yet
+
+    described = json.loads((PARITY / f"{name}.json").read_text())
+    before = copy.deepcopy(described["model"])
+    model = models.build_model(described["model"]).double()
+    assert described["model"] == before, "build_model changed its argument"
+    assert sum(p.numel() for p in model.parameters()) == described["parameters"]
+
+    built = model.state_dict()
+    state = {}
+    for key, shape, *kept in described["checkpoint"]:
+        assert list(built[key].shape) == shape, key
+        state[key] = built[key] if kept else parity_tensor(key, tuple(shape))
+    model.load_state_dict(state, strict=True)
+    return without_dropout(model)

@@ -1,20 +1,28 @@
 #!/bin/bash
-# A real Slurm cluster on one machine, for test_slurm.py. It needs root and Debian's slurmctld, slurmd, slurm-client, munge, iproute2.
-#   slurm_cluster.sh head DIR NODES    the head node, with munged, slurmctld and the switch; runs until it is killed
-#   slurm_cluster.sh boot DIR I        node I starts (called in the head's name spaces; so is the next)
-#   slurm_cluster.sh kill DIR I        node I loses its power
-# The head is process 1 of its own process, network, mount and host-name spaces, and every node is so again inside the head's: ports
-# collide only where they would between machines, and when the head is killed nothing is left, neither a daemon nor a bridge.
+# A real Slurm cluster on one machine, for test_slurm.py. It needs root and Debian's packages
+# slurmctld, slurmd, slurm-client, munge and iproute2.
+#   slurm_cluster.sh head DIR NODES   runs the head node (munged, slurmctld, bridge) until killed
+#   slurm_cluster.sh boot DIR I       boots node I; to be called in the head's namespaces
+#   slurm_cluster.sh kill DIR I       cuts the power of node I; to be called there too
+# The head is process 1 of new process, network, mount and host-name namespaces. Every node is the
+# same inside the head's namespaces. So ports collide only where they would on real machines, and
+# killing the head leaves neither daemons nor a bridge behind.
 set -euo pipefail
-command=$1 dir=$2
+command=$1
+dir=$2
 export SLURM_CONF=$dir/slurm.conf
 machine=(unshare --net --mount --uts --pid --fork --kill-child --mount-proc --propagation private)
 
 write_conf() {
   mkdir -p "$dir"/{state,spool,munge,dev}
   (umask 077; head -c 128 /dev/urandom > "$dir/munge/key")
-  for i in $(seq 0 7); do ln -s /dev/null "$dir/dev/gpu$i"; done  # a GPU has to be a character device; Slurm never opens it
-  for i in $(seq "$1"); do echo "10.77.0.$((i + 10)) node$i"; done | cat - <(echo "127.0.0.1 localhost"; echo "10.77.0.1 head") > "$dir/hosts"
+  # A GPU must be a character device, but Slurm never opens it.
+  for i in $(seq 0 7); do ln -s /dev/null "$dir/dev/gpu$i"; done
+  {
+    echo "127.0.0.1 localhost"
+    echo "10.77.0.1 head"
+    for i in $(seq "$1"); do echo "10.77.0.$((i + 10)) node$i"; done
+  } > "$dir/hosts"
   echo "NodeName=node[1-$1] Name=gpu File=$dir/dev/gpu[0-7]" > "$dir/gres.conf"
   cat > "$SLURM_CONF" <<CONF
 ClusterName=test
@@ -46,7 +54,7 @@ ReturnToService=2
 SlurmdTimeout=10
 KillWait=10
 NodeName=node[1-$1] NodeAddr=10.77.0.[11-$((10 + $1))] CPUs=16 RealMemory=16000 Gres=gpu:8
-PartitionName=dev   Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=dev Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 CONF
 }
@@ -60,21 +68,32 @@ case $command in
     ip link add switch type bridge
     ip addr add 10.77.0.1/24 dev switch
     ip link set switch up
-    munged --foreground --force --socket="$dir/munge/socket" --key-file="$dir/munge/key" --pid-file="$dir/munge/pid" \
-           --seed-file="$dir/munge/seed" &
+    munged --foreground --force --socket="$dir/munge/socket" --key-file="$dir/munge/key" \
+      --pid-file="$dir/munge/pid" --seed-file="$dir/munge/seed" &
     until [ -S "$dir/munge/socket" ]; do sleep 0.05; done
     slurmctld -D &
     for i in $(seq "$3"); do bash "$0" boot "$dir" "$i"; done
-    wait ;;
+    wait
+    ;;
   boot)
-    setsid "${machine[@]}" bash -c "hostname node$3; ip link set lo up; until ip link show eth0; do sleep 0.02; done
-      ip addr add 10.77.0.$((10 + $3))/24 dev eth0; ip link set eth0 up; slurmd -D -N node$3; sleep infinity" \
-      </dev/null >>"$dir/node$3.out" 2>&1 &
+    setsid "${machine[@]}" bash -c "
+      hostname node$3
+      ip link set lo up
+      until ip link show eth0; do sleep 0.02; done
+      ip addr add 10.77.0.$((10 + $3))/24 dev eth0
+      ip link set eth0 up
+      slurmd -D -N node$3
+      sleep infinity" </dev/null >>"$dir/node$3.out" 2>&1 &
     echo $! > "$dir/node$3.pid"
-    while ip link show "port$3" >/dev/null 2>&1; do sleep 0.1; done  # until what is left of its last life is gone
-    until [ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.02; done
+    # After a reboot, wait until the kernel has removed the old network port.
+    while ip link show "port$3" >/dev/null 2>&1; do sleep 0.1; done
+    until [ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do
+      sleep 0.02
+    done
     ip link add "port$3" type veth peer name eth0 netns $!
-    ip link set "port$3" master switch up ;;
+    ip link set "port$3" master switch up
+    ;;
   kill)
-    kill -KILL "$(cat "$dir/node$3.pid")" ;;
+    kill -KILL "$(cat "$dir/node$3.pid")"
+    ;;
 esac

