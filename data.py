@@ -1145,16 +1145,22 @@ def worker_failure(error: Exception) -> DataError | None:
     )
 
 
+def share_of_cores() -> int:
+    """The number of cores that this process can give to workers."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(16, cores - 1))
+
+
 class Batches:
     """Yields samples[index] for each of `indices`, in this order, computed by worker processes."""
 
-    def __init__(self, samples: Dataset, indices, workers: int):
+    def __init__(self, samples: Dataset, indices, workers: int, pin_memory: bool = False):
         self.loader = DataLoader(
             samples,
             sampler=indices,
             batch_size=None,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             worker_init_fn=start_worker,
             prefetch_factor=4 if workers else None,
             timeout=300 if workers else 0,
@@ -1182,7 +1188,8 @@ class Data:
     crop_size: [height, width].
     scale: [width, height] that an image is scaled to fit into, keeping its aspect, times a ratio
         drawn from ratio_range. None: the image's own size times the ratio.
-    workers: loader processes per training process. 0: load in the training process.
+    workers: loader processes per training process. 0: load in the training process. None: its
+        share of the cores of the machine, less one for training itself, at most 16.
     accumulate: number of micro-batches into which a process splits its share of the batch.
     cat_max_ratio: a crop is drawn again, up to ten times, if one class covers at least this share.
     flip: the probability of a horizontal flip.
@@ -1198,7 +1205,7 @@ class Data:
         batch_size: int,
         crop_size: Size,
         scale: tuple[int, int] | None = None,
-        workers: int = 4,
+        workers: int | None = None,
         accumulate: int = 1,
         ratio_range: tuple[float, float] = (0.5, 2.0),
         cat_max_ratio: float = 0.75,
@@ -1215,7 +1222,7 @@ class Data:
     ):
         self.type = type
         self.batch_size = batch_size
-        self.workers = workers
+        self.workers = share_of_cores() if workers is None else workers
         self.accumulate = accumulate
         self.in_channels = in_channels
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)  # (C, 1, 1)
@@ -1332,7 +1339,7 @@ class Data:
             )
         first = (start * parts + rank) * share
         steps = (range(k, k + share) for k in itertools.count(first, world_size * share))
-        return iter(Batches(self.samples, steps, self.workers))
+        return iter(Batches(self.samples, steps, self.workers, torch.cuda.is_available()))
 
     def val_batches(
         self,
@@ -1356,7 +1363,8 @@ class Data:
         for group in groups.values():
             for k in range(0, len(group), batch_size):
                 batches.append(group[k : k + batch_size])
-        return Batches(ValSamples(self.val, scale), batches, min(self.workers, len(batches)))
+        workers = min(self.workers, len(batches))
+        return Batches(ValSamples(self.val, scale), batches, workers, torch.cuda.is_available())
 
     def prepare(self, batch: Batch, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Move a host batch to `device`, distort its colors if it is for training, normalize it.

@@ -15,6 +15,7 @@ import uuid
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules import _functions
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # torch 2.14 renamed all_gather_into_tensor.
@@ -52,8 +53,8 @@ def world_size() -> int:
 def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
     """Joins the process group that torchrun or launch_slurm.py set up; returns this rank's device.
 
-    GPUs communicate through NCCL, CPUs through gloo. A single process needs no group, and another
-    call changes nothing.
+    GPUs communicate through NCCL, CPUs through gloo; DIST_BACKEND in the environment overrides
+    that. A single process needs no group, and another call changes nothing.
 
     store: where the ranks meet, instead of at MASTER_ADDR:MASTER_PORT.
     timeout: seconds to wait for the other ranks, here and in every collective.
@@ -65,18 +66,18 @@ def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
     limit = datetime.timedelta(seconds=timeout)
-    is_cuda = device.type == "cuda"
+    backend = os.environ.get("DIST_BACKEND", "nccl" if device.type == "cuda" else "gloo")
     try:
         if store is None:
             shared_store, _, _ = next(dist.rendezvous("env://", timeout=limit))
             store = _store_for_this_start(shared_store, rank, world_size, timeout)
         dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
+            backend,
             timeout=limit,
             store=store,
             rank=rank,
             world_size=world_size,
-            device_id=device if is_cuda else None,
+            device_id=device if backend == "nccl" else None,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -106,10 +107,15 @@ def _select_device() -> torch.device:
             torch.set_num_threads(max(1, cores // local_world_size))
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
+    if os.environ.get("DIST_BACKEND") == "gloo":
+        local_rank %= gpus  # processes may share a GPU, which NCCL refuses
+    elif gpus == 1 and "SLURM_PROCID" in os.environ:
+        local_rank = 0  # Slurm showed this task its own GPU only (--gpus-per-task, --gpu-bind)
     if local_rank >= gpus:
         raise ProcessError(
             f"process {local_rank} on this machine has no GPU: there are {local_world_size} "
-            f"processes but {gpus} visible GPUs. Start with --nproc_per_node={gpus}."
+            f"processes but {gpus} visible GPUs. Start with --nproc_per_node={gpus}, or under "
+            "Slurm let each task see all GPUs of its node."
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -118,7 +124,7 @@ def _select_device() -> torch.device:
 
 def _check_environment(needs_address: bool) -> None:
     """Raises ProcessError if a variable that torchrun sets is missing."""
-    required = ["RANK"]
+    required = ["RANK", "LOCAL_RANK"]
     if needs_address:
         required += ["MASTER_ADDR", "MASTER_PORT"]
     missing = [name for name in required if name not in os.environ]
@@ -176,6 +182,28 @@ def _store_for_this_start(
         pause(0)
 
 
+def is_first_to_report(message: str) -> bool:
+    """Whether no other process of this job has reported this error yet.
+
+    An error in the config is found by every process, but need not be printed by each. Asks the
+    store of torchrun, which outlives the processes; without one the answer is True.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"reported/{restart}/{uuid.uuid5(uuid.NAMESPACE_OID, message)}"
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=datetime.timedelta(seconds=5),
+        )
+        return store.add(key, 1) == 1
+    except (RuntimeError, ValueError, KeyError):
+        return True
+
+
 def cleanup() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
@@ -203,6 +231,11 @@ def all_gather(vector: Tensor) -> Tensor:
     For small vectors this is twice as fast as gloo's all_reduce, and the rows can be summed in an
     order that never changes.
     """
+    if torch.compiler.is_compiling():
+        # The functional form, which torch.compile can trace.
+        from torch.distributed._functional_collectives import all_gather_tensor
+
+        return all_gather_tensor(vector, 0, dist.group.WORLD).view(world_size(), -1)
     gathered = vector.new_empty(world_size() * len(vector))
     _all_gather_single(gathered, vector)
     return gathered.view(world_size(), -1)
@@ -338,11 +371,35 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
+class _FusedSyncBatchNormFunction(_functions.SyncBatchNorm):
+    """What nn.SyncBatchNorm computes with on GPUs, without making the host wait.
+
+    The host waits in torch's own forward, because it leaves out processes without images by a
+    mask whose result has a size that depends on its values. Here every process has images.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, eps, momentum, group, world_size):
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
+        channels = x.size(1)
+        mean, inv_std = torch.batch_norm_stats(x, eps)
+        count = torch.full_like(mean[:1], x.numel() // channels)
+        gathered = all_gather(torch.cat([mean, inv_std, count]))  # (world_size, 2C + 1)
+        means, inv_stds, counts = gathered.split([channels, channels, 1], dim=1)
+        mean, inv_std = torch.batch_norm_gather_stats_with_counts(
+            x, means, inv_stds, running_mean, running_var, momentum, eps, counts.view(-1)
+        )
+        ctx.save_for_backward(x, weight, mean, inv_std, counts.to(torch.int32))
+        ctx.process_group = group
+        return torch.batch_norm_elemt(x, weight, bias, mean, inv_std, eps)
+
+
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm over the batches of all processes, on CPUs, which nn.SyncBatchNorm rejects.
+    """Batch norm over the batches of all processes, on CPUs and GPUs.
 
     (N, C, ...) -> the same shape. Up to rounding, the statistics are those of a single process
-    with the whole batch.
+    with the whole batch. On GPUs it uses torch's fused kernels, unless it is compiled.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -351,11 +408,24 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+        if x.is_cuda and not torch.compiler.is_compiling():
+            return _FusedSyncBatchNormFunction.apply(
+                x,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                self.eps,
+                self.momentum,
+                dist.group.WORLD,
+                world_size(),
+            )
         weight = x.new_ones(x.size(1)) if self.weight is None else self.weight
         bias = x.new_zeros(x.size(1)) if self.bias is None else self.bias
         y, mean, var, count = _SyncBatchNormFunction.apply(x, weight, bias, self.eps)
         if self.track_running_stats:
-            self.num_batches_tracked += 1
             unbiased_var = var * count / (count - 1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
@@ -396,12 +466,8 @@ def distribute(model: nn.Module) -> nn.Module:
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
-    device_ids = None
-    if device.type == "cuda":
-        device_ids = [device]
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:
-        model = convert_sync_batchnorm(model)
+    device_ids = [device] if device.type == "cuda" else None
+    model = convert_sync_batchnorm(model)
     # DDP broadcasts the parameters, but the buffers only since torch 2.14.
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)

@@ -45,6 +45,7 @@ TASK_PYTHON = (
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 RENDEZVOUS_TIMEOUT = 600  # seconds to wait for rank 0, which may import torch from a slow disk
 DEFAULT_GPUS_PER_NODE = 8
+DEFAULT_WORKERS = 8  # data loader processes that a task gets cores for
 # Passed to sbatch unchanged
 SBATCH_FLAGS = ("mem", "qos", "account", "constraint", "exclude", "reservation")
 FINAL_STATES = (
@@ -292,7 +293,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     add("--nodes", type=int, help="number of machines; default 1, or as --gpus requires")
     add("--gpus-per-node", type=int, help="one task each; default 1; 0 trains on CPUs")
     add("--tasks-per-node", type=int, help="processes per node, for CPUs only")
-    add("--cpus-per-task", type=int, help="cores per process; default data.workers + 1")
+    add("--cpus-per-task", type=int, help="cores per process; default: data.workers + 1, or 9")
     add("--partition", help="the queue")
     add("--job-name", help="default: the name of the work_dir")
     add(
@@ -519,7 +520,9 @@ def launch(args: argparse.Namespace, train_argv: list[str]) -> int:
     check_request(args, train_args, config["data"])
     work_dir = Path(train_args.work_dir or config["work_dir"]).absolute()
     args.job_name = args.job_name or work_dir.name
-    args.cpus_per_task = args.cpus_per_task or config["data"].get("workers", 4) + 1
+    if not args.cpus_per_task:
+        workers = config["data"].get("workers")
+        args.cpus_per_task = 1 + (DEFAULT_WORKERS if workers is None else workers)
     resume_from = train_args.resume_from
     if resume_from is None and not train_args.eval_only:
         resume_from = "auto"

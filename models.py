@@ -164,6 +164,8 @@ def checkpointed(block, x):
 
     The recomputation in the backward pass does not update BN's running statistics a second time.
     """
+    if torch.compiler.is_compiling():  # the compiler decides what to recompute, see `compiled`
+        return block(x)
     return checkpoint(
         block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block))
     )
@@ -396,8 +398,12 @@ class Loss(nn.Module):
         """
         raise NotImplementedError
 
-    def normalizer(self, logits, label):
-        return label.numel() * logits.shape[1]
+    def normalizer(self, label: Tensor, channels: int) -> int | Tensor:
+        """What the sum is divided by: a number, or a scalar that depends on the label's values.
+
+        A scalar is averaged over micro-batches and processes, see `Segmentor.normalizers`.
+        """
+        return label.numel() * channels
 
     def forward(
         self,
@@ -405,7 +411,12 @@ class Loss(nn.Module):
         label: Tensor,
         align_corners: bool = False,
         weight: Tensor | None = None,
+        normalizer: Tensor | None = None,
     ) -> Tensor:
+        """logits (N, C, h, w) of any resolution, label (N, H, W), weight (N, H, W) -> scalar.
+
+        normalizer: that of the whole iteration; by default it is computed from this label.
+        """
         channels = logits.shape[1]
         if self.class_weight is not None and len(self.class_weight) != channels:
             raise UserError(
@@ -414,7 +425,11 @@ class Loss(nn.Module):
             )
         chunk_size = len(label) if self.whole_batch else images_per_chunk(logits, label)
         total = ChunkedLoss.apply(logits, label, weight, self.loss_sum, align_corners, chunk_size)
-        return self.loss_weight * total / self.normalizer(logits, label)
+        if normalizer is None:
+            normalizer = self.normalizer(label, channels)
+        if isinstance(normalizer, Tensor):
+            normalizer = normalizer.to(total.dtype).clamp(min=1e-6)
+        return self.loss_weight * total / normalizer
 
 
 class CrossEntropyLoss(Loss):
@@ -451,9 +466,9 @@ class CrossEntropyLoss(Loss):
             pixels = pixels * weight
         return pixels.sum()
 
-    def normalizer(self, logits, label):
+    def normalizer(self, label: Tensor, channels: int) -> int | Tensor:
         weighted = self.class_weight is not None and not self.use_sigmoid
-        entries = logits.shape[1] if self.use_sigmoid else 1  # per pixel
+        entries = channels if self.use_sigmoid else 1  # per pixel
         if not weighted and not self.avg_non_ignore:
             return label.numel() * entries
         counts = label != IGNORE
@@ -461,12 +476,7 @@ class CrossEntropyLoss(Loss):
             last_class = len(self.class_weight) - 1
             factors = self.class_weight[label.long().clamp(max=last_class)]
             counts = torch.where(counts, factors, 0.0 if self.avg_non_ignore else 1.0)
-        count = counts.sum().to(upcast(logits).dtype) * entries
-        if self.training and not count.is_meta:
-            # DDP averages the gradients of all processes. Dividing by the mean count makes 4
-            # processes with 2 images each equal to one process with 8 images.
-            count = dist_utils.all_reduce(count) / dist_utils.world_size()
-        return count.clamp(min=1e-6)
+        return counts.sum() * entries
 
 
 class DiceLoss(Loss):
@@ -497,7 +507,7 @@ class DiceLoss(Loss):
         dice = 2 * (p * t).sum(1) / ((p * p).sum(1) + (t * t).sum(1) + 2 * self.eps)
         return (1 - dice).sum()
 
-    def normalizer(self, logits, label):
+    def normalizer(self, label: Tensor, channels: int) -> int:
         return len(label)
 
 
@@ -544,7 +554,9 @@ class LovaszLoss(Loss):
 
     loss_type: "multi_class" is Lovász-Softmax, "binary" is the hinge loss of a single channel.
     classes: which classes are averaged: those "present" in the label, "all", or a list.
-    per_image: average the losses of the images instead of computing one loss of the batch.
+    per_image: average the losses of the images instead of computing one loss of the batch. The
+        loss of a batch compares its images with each other, so it depends on the number of
+        processes and on data.accumulate.
     """
 
     NAME = "loss_lovasz"
@@ -605,7 +617,7 @@ class LovaszLoss(Loss):
             counted = torch.ones_like(counted)
         return (torch.stack(losses) * counted).sum() / counted.sum().clamp(min=1)
 
-    def normalizer(self, logits, label):
+    def normalizer(self, label: Tensor, channels: int) -> int:
         return 1 if self.whole_batch else len(label)
 
 
@@ -1405,7 +1417,8 @@ class WindowMSA(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N * windows, num_heads, L, C / num_heads) each
         bias = self.relative_position_bias_table[self.relative_position_index]  # (L, L, num_heads)
-        bias = bias.permute(2, 0, 1).unsqueeze(0)  # (1, num_heads, L, L)
+        # Contiguous, as fused attention on GPUs does not take the strides of a permuted bias.
+        bias = bias.permute(2, 0, 1).contiguous().unsqueeze(0)  # (1, num_heads, L, L)
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)
         dropout = self.attn_drop.p if self.training else 0.0
@@ -1767,16 +1780,23 @@ class DecodeHead(nn.Module):
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
         return {"": self.conv_seg(self.dropout(self.decode(self.select(features))))}
 
-    def loss(self, outputs: dict[str, Tensor], label: Tensor) -> dict[str, Tensor]:
-        """What `forward` returns and label (N, H, W) -> scalar losses by name."""
+    def loss(
+        self, outputs: dict[str, Tensor], label: Tensor, normalizers: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What `forward` returns and label (N, H, W) -> scalar losses by name.
+
+        normalizers: one for each of `loss_decode`, see `Segmentor.normalizers`.
+        """
+        if normalizers is None:
+            normalizers = [None] * len(self.loss_decode)
         losses = {}
         for part, logits in outputs.items():
             weight = None
             if self.sampler is not None:
                 weight = self.sampler(logits, label, self.align_corners)
-            for loss in self.loss_decode:
+            for loss, normalizer in zip(self.loss_decode, normalizers):
                 name = part + loss.loss_name
-                value = loss(logits, label, self.align_corners, weight)
+                value = loss(logits, label, self.align_corners, weight, normalizer)
                 losses[name] = losses[name] + value if name in losses else value
         return losses
 
@@ -2207,8 +2227,8 @@ class EncHead(DecodeHead):
             outputs["se"] = self.se_layer(encoded)  # (N, num_classes)
         return outputs
 
-    def loss(self, outputs, label):
-        losses = super().loss({"": outputs[""]}, label)
+    def loss(self, outputs, label, normalizers=None):
+        losses = super().loss({"": outputs[""]}, label, normalizers)
         if self.se_layer is not None:
             logits = outputs["se"]
             classes = logits.shape[1]
@@ -2457,22 +2477,70 @@ class Segmentor(nn.Module):
             return [(f"{name}_{i}", head) for i, head in enumerate(heads)]
         return [(name, heads)]
 
-    def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self,
+        image: Tensor,
+        label: Tensor | None = None,
+        normalizers: dict[str, Tensor] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
         features = self.backbone(image)
         if self.neck is not None:
             features = self.neck(features)
         losses = {}
+
+        def add_losses(name, head, outputs):
+            if normalizers is None:
+                found = head.loss(outputs, label)
+            else:
+                found = head.loss(outputs, label, normalizers[name])
+            for key, loss in found.items():
+                losses[f"{name}.{key}"] = loss
+
         logits = None
         for name, head in self.named_heads(self.decode_head, "decode"):
             outputs = head(features) if logits is None else head(features, logits)
             logits = next(iter(outputs.values()))
             if label is not None:
-                losses |= {f"{name}.{k}": v for k, v in head.loss(outputs, label).items()}
+                add_losses(name, head, outputs)
         if label is None:
             return logits
         for name, head in self.named_heads(self.auxiliary_head, "aux"):
-            losses |= {f"{name}.{k}": v for k, v in head.loss(head(features), label).items()}
+            add_losses(name, head, head(features))
         return losses
+
+    def normalizers(self, labels: list[Tensor]) -> dict[str, Tensor] | None:
+        """What each head's losses are divided by in one iteration; None if no label matters.
+
+        labels: (N, H, W) of each micro-batch of this process. The mean over micro-batches and
+            processes makes 4 processes with 2 images each, as well as 2 micro-batches of 4 images,
+            equal to one batch of 8 images, because gradients are averaged in the same way.
+        """
+        heads = self.named_heads(self.decode_head, "decode")
+        heads += self.named_heads(self.auxiliary_head, "aux")
+        rows = []  # (micro-batches, losses)
+        for label in labels:
+            row = []
+            for _, head in heads:
+                row += [loss.normalizer(label, head.out_channels) for loss in head.loss_decode]
+            rows.append(row)
+        if not any(isinstance(value, Tensor) for value in rows[0]):
+            return None
+        # Multiplied with a scalar on the device: copying a number there would make the host wait.
+        one = labels[0].new_ones((), dtype=torch.float64)
+        table = torch.stack([torch.stack([one * value for value in row]) for row in rows])
+        means = dist_utils.all_reduce(table.mean(0)) / dist_utils.world_size()
+        sizes = [len(head.loss_decode) for _, head in heads]
+        return dict(zip([name for name, _ in heads], means.split(sizes)))
+
+    def batch_dependent_parts(self) -> list[str]:
+        """The losses and samplers that compare the images of a forward pass with each other."""
+        parts = []
+        for module in self.modules():
+            if isinstance(module, Loss) and module.whole_batch:
+                parts.append(module)
+            if isinstance(module, DecodeHead) and module.sampler is not None:
+                parts.append(module.sampler)
+        return sorted({type(part).__name__ for part in parts})
 
     def class_logits(self, image: Tensor) -> Tensor:
         """One logit per class, in float32.
@@ -2562,20 +2630,19 @@ def window_starts(size, window, stride):
 
 
 def compiled(network: nn.Module, **options) -> nn.Module:
-    """torch.compile(network, **options), with some modules left out of it.
+    """torch.compile(network, **options), except for the losses, which call autograd themselves.
 
-    These modules keep running eagerly:
-    - synchronized batch norm, whose gradient torch 2.11 gets wrong when it traces it;
-    - losses, which call autograd in their forward pass;
-    - backbones with activation checkpointing: the compiler cannot trace the `context_fn` that
-      freezes batch norm's statistics.
+    With `with_cp`, the compiler itself chooses the activations to recompute, within a memory budget
+    on a scale from 0, recompute all that it can, to 1, recompute nothing that takes time.
     """
     for module in network.modules():
-        synchronized = isinstance(module, (nn.SyncBatchNorm, dist_utils.SyncBatchNorm))
-        checkpointing = getattr(module, "with_cp", False)
-        if synchronized or checkpointing or isinstance(module, Loss):
+        if isinstance(module, Loss):
             # Not as a decorator, with which `import models` would import the slow compiler.
             module.forward = torch.compiler.disable(module.forward)
+        if getattr(module, "with_cp", False):
+            from torch._functorch import config
+
+            config.activation_memory_budget = 0.2
     return torch.compile(network, **options)
 
 

@@ -13,6 +13,7 @@ import fcntl
 import functools
 import importlib.metadata
 import inspect
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+# Libraries read these variables when they are loaded.
+# Without a limit on spinning, the OpenMP threads of processes that share cores block each other.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+# Images of many sizes, as in validation, would fragment the GPU's memory.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import PIL
@@ -135,8 +143,8 @@ class Config:
     optimizer: build_optimizer. schedule: learning_rate.
     evaluation, checkpoint, log: the dataclasses Evaluation, Checkpoint, Logging.
 
-    precision: "fp32", "bf16", "fp16" (with loss scaling), "fp64", or "auto": bf16 where the
-        hardware computes in it, else fp32.
+    precision: "fp32", "tf32", "bf16", "fp16" (with loss scaling), "fp64", or "auto": bf16 where the
+        hardware computes in it, else fp16 on a GPU and fp32 on a CPU.
     clip_grad: the largest 2-norm of the gradient.
     deterministic: only operations that repeat bit for bit (those of a CPU always do).
     compile: torch.compile.
@@ -159,7 +167,7 @@ class Config:
     timeout: float = 600.0
 
     def __post_init__(self):
-        precisions = ("auto", "fp32", "bf16", "fp16", "fp64")
+        precisions = ("auto", *PRECISIONS)
         expected = ", ".join(precisions)
         require(self.precision in precisions, "precision", self.precision, expected)
         require(self.seed >= 0, "seed", self.seed, "0 or more")
@@ -1014,6 +1022,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         torch.backends.cudnn.benchmark = was_tuning
 
 
+def predict_logits(
+    model: Segmentor, image: Tensor, size: tuple[int, int], settings: Evaluation, augment: bool
+) -> Tensor:
+    """Logits as `settings` says; with `augment`, over several scales and mirror images."""
+    options = {
+        "mode": settings.mode,
+        "crop_size": settings.crop_size,
+        "stride": settings.stride,
+        "batch_size": settings.batch_size,
+    }
+    if augment:
+        return model.inference_tta(image, size, settings.ratios, **options)
+    return model.inference(image, **options)
+
+
 @torch.inference_mode()
 def evaluate(
     model: Segmentor,
@@ -1042,12 +1065,6 @@ def evaluate(
     confusion = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     is_interrupted = torch.zeros((), device=device)
-    windows = {
-        "mode": settings.mode,
-        "crop_size": settings.crop_size,
-        "stride": settings.stride,
-        "batch_size": settings.batch_size,
-    }
     batches = data.val_batches(
         dist_utils.rank(),
         dist_utils.world_size(),
@@ -1055,24 +1072,19 @@ def evaluate(
         settings.batch_size if settings.mode == "whole" else 1,
     )
     is_quiet = dist_utils.rank() > 0 or not sys.stderr.isatty()
-    with evaluation_mode(model):
+    # One autocast around the loop keeps the weights that it has cast.
+    with evaluation_mode(model), autocast():
         for batch in tqdm(batches, "evaluate", leave=False, disable=is_quiet):
             if interrupted():
                 is_interrupted += 1
                 break
             image, label = data.prepare(batch, device)
-            image = image.to(dtype)
-            with autocast():
-                if augment:
-                    size = label.shape[1:]
-                    logits = model.inference_tta(image, size, settings.ratios, **windows)
-                else:
-                    logits = model.inference(image, **windows)
+            logits = predict_logits(model, image.to(dtype), label.shape[1:], settings, augment)
             prediction, loss_sum = classify(logits, label, model.align_corners, model.threshold)
             loss += loss_sum
             cell = label.long() * num_classes + prediction
-            cell = torch.where(label == IGNORE, num_classes * num_classes, cell)
-            confusion += torch.bincount(cell.flatten(), minlength=len(confusion))
+            cell = torch.where(label == IGNORE, num_classes * num_classes, cell).flatten()
+            confusion.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would sync the GPU
             if preview and dist_utils.rank() == 0:
                 write_preview(preview, batch["image"][0], label[0], prediction[0], data.palette)
                 preview = None
@@ -1092,19 +1104,38 @@ def evaluate(
 # ------------------------------------------------------------------------------- One training step
 
 
-def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
-    """The type of the weights, and that of autocast or None."""
-    if name == "fp64":
-        return torch.float64, None
-    if name == "auto":
-        name = "bf16" if computes_in_bf16(device) else "fp32"
-    return torch.float32, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+PRECISIONS = {  # the type of the weights, and that of autocast or None
+    "fp64": (torch.float64, None),
+    "fp32": (torch.float32, None),
+    "tf32": (torch.float32, None),
+    "bf16": (torch.float32, torch.bfloat16),
+    "fp16": (torch.float32, torch.float16),
+}
 
 
-def computes_in_bf16(device: torch.device) -> bool:
+def choose_precision(name: str, device: torch.device) -> str:
+    """A key of PRECISIONS: `name`, or what "auto" stands for on a device.
+
+    That is bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU.
+    """
+    if name != "auto":
+        return name
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "fp32"
+
+
+def set_up_arithmetic(precision: str, deterministic: bool) -> None:
+    """Sets torch's global switches. TF32 shortens the mantissa of float32 in GPU kernels."""
+    if precision in ("fp32", "tf32"):
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    # Deterministic mode would also fill every new tensor, which is only of use for debugging.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:
@@ -1124,61 +1155,89 @@ class StepTimer:
         self.steps = 0
         self.data_wait = 0.0
 
-    def tick(self, data_wait: float) -> None:
+    def tick(self) -> None:
         """Counts one iteration."""
         self.steps += 1
-        self.data_wait += data_wait
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Time spent inside, as for validating and saving, is no part of the iterations."""
-        paused = time.perf_counter()
+        began = time.perf_counter()
         yield
-        self.began += time.perf_counter() - paused
+        self.began += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.data_wait += time.perf_counter() - began
 
     def averages(self) -> tuple[float, float]:
         return (time.perf_counter() - self.began) / self.steps, self.data_wait / self.steps
 
 
+def warm_up(state: TrainState, net: nn.Module, data: Data, autocast: Callable) -> None:
+    """With several processes, runs one forward and backward pass that leaves no trace.
+
+    DDP's first backward pass reduces gradients in buckets that follow the order of the parameters.
+    All later ones use buckets in the order in which the gradients of the first pass arrived. The
+    order of a sum decides how it is rounded, so without this pass the first iteration of a resumed
+    run would differ from the same iteration of the uninterrupted run.
+    """
+    world_size = dist_utils.world_size()
+    if world_size == 1:
+        return
+    parameter = next(state.model.parameters())
+    buffers = [buffer.clone() for buffer in state.model.buffers()]
+    batch_size = data.batch_size // (world_size * data.accumulate)
+    size = data.sampling["crop_size"]
+    image = parameter.new_zeros(batch_size, data.in_channels, *size)
+    label = torch.zeros(batch_size, *size, dtype=torch.uint8, device=parameter.device)
+    normalizers = state.model.normalizers([label])
+    with autocast():
+        losses = net(image.contiguous(memory_format=torch.channels_last), label, normalizers)
+    sum(losses.values()).backward()
+    state.model.zero_grad(set_to_none=True)
+    for buffer, saved in zip(state.model.buffers(), buffers):
+        buffer.copy_(saved)
+
+
 def forward_backward(
+    state: TrainState,
     net: nn.Module,
-    batches: Iterator[dict],
+    micro_batches: list[dict],
     data: Data,
-    device: torch.device,
-    dtype: torch.dtype,
     autocast: Callable,
-    scaler: torch.amp.GradScaler,
     stopping: bool,
     timeout: float,
-) -> tuple[dict[str, float], bool, float]:
+) -> tuple[dict[str, float], bool]:
     """Computes the gradient of one step over its micro-batches.
 
-    Returns the losses averaged over all processes, whether any process was told to stop, and the
-    seconds spent waiting for data.
+    Returns the losses averaged over all processes, and whether any process was told to stop.
     """
+    parameter = next(state.model.parameters())
+    device = parameter.device
+    count = len(micro_batches)
+    labels = [batch["label"].to(device, non_blocking=True) for batch in micro_batches]
+    normalizers = state.model.normalizers(labels)
     values = 0.0
-    data_wait = 0.0
-    for micro_batch in range(data.accumulate):
-        is_last = micro_batch == data.accumulate - 1
-        began = time.perf_counter()
-        batch = next(batches)
-        data_wait += time.perf_counter() - began
+    for number, batch in enumerate(micro_batches, start=1):
         image, label = data.prepare(batch, device)
         # DDP averages the gradients of all micro-batches once, with the last one.
-        is_synchronized = is_last or dist_utils.world_size() == 1
+        is_synchronized = number == count or dist_utils.world_size() == 1
         with contextlib.nullcontext() if is_synchronized else net.no_sync():
             with autocast():
-                losses = net(image.to(dtype), label)
+                losses = net(image.to(parameter.dtype), label, normalizers)
             detached = [loss.detach().double() for loss in losses.values()]
-            values = values + torch.stack(detached) / data.accumulate
-            if is_last:
+            values = values + torch.stack(detached) / count
+            if number == count:
                 # The host later waits for this mean alone, while the device runs backward.
                 flag = torch.full((1,), float(stopping), dtype=values.dtype, device=device)
                 mean = dist_utils.AsyncMean(torch.cat([values, flag]), timeout)
-            scaler.scale(sum(losses.values()) / data.accumulate).backward()
+            state.scaler.scale(sum(losses.values()) / count).backward()
     *means, stopping = mean.result()
     averaged = dict(zip(losses, means)) | {"loss": sum(means)}
-    return averaged, stopping > 0, data_wait
+    return averaged, stopping > 0
 
 
 def optimizer_step(state: TrainState, clip_grad: float | None) -> None:
@@ -1264,17 +1323,24 @@ def validate(
 ) -> bool | None:
     """Evaluates and logs. Returns whether this is the best mIoU so far; None if interrupted."""
     began = time.perf_counter()
-    metrics = evaluate(
-        state.model,
-        data,
-        device,
-        config.evaluation,
-        autocast,
-        augment=args.aug_test,
-        preview=run_dir.path / "preview" / f"iter_{state.iteration}.png",
-        show_dir=Path(args.show_dir) if args.show_dir else None,
-        interrupted=interrupted,
-    )
+    try:
+        metrics = evaluate(
+            state.model,
+            data,
+            device,
+            config.evaluation,
+            autocast,
+            augment=args.aug_test,
+            preview=run_dir.path / "preview" / f"iter_{state.iteration}.png",
+            show_dir=Path(args.show_dir) if args.show_dir else None,
+            interrupted=interrupted,
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is too small for the evaluation: {error}\n"
+            "Set evaluation.mode=slide with a smaller evaluation.crop_size, "
+            "evaluation.batch_size=1 or a smaller evaluation.scale."
+        ) from None
     if metrics is None:
         return None
     seconds = time.perf_counter() - began
@@ -1288,6 +1354,11 @@ def validate(
         return False
     state.best = {"mIoU": metrics["mIoU"], "iteration": state.iteration}
     return True
+
+
+def is_due(state: TrainState, max_iters: int, interval: int) -> bool:
+    """What happens every `interval` iterations also happens after the last one."""
+    return state.iteration % interval == 0 or state.iteration == max_iters
 
 
 def checkpoint_content(state: TrainState, config: Config, data: Data) -> dict:
@@ -1314,7 +1385,13 @@ def save(state: TrainState, config: Config, data: Data, run_dir: RunDir, names: 
 
 
 def report(
-    state: TrainState, lr: float, losses: dict, timer: StepTimer, config: Config, run_dir: RunDir
+    state: TrainState,
+    lr: float,
+    losses: dict,
+    timer: StepTimer,
+    config: Config,
+    data: Data,
+    run_dir: RunDir,
 ) -> None:
     """Logs one line to train.log and one to metrics.jsonl.
 
@@ -1334,9 +1411,10 @@ def report(
     line += ", ".join(f"{name}: {value:.4f}" for name, value in losses.items())
     if data_wait > 0.1 * seconds:
         share = 100 * data_wait / seconds
-        line += (
-            f"; waiting for data {share:.0f} % of the time: raise data.workers or set data.cache"
-        )
+        # The workers deliver a batch every `seconds`; without the wait, a step would take less.
+        enough = math.ceil(max(data.workers, 1) * seconds / (seconds - data_wait))
+        line += f"; waiting for data {share:.0f} % of the time: "
+        line += f"set data.workers={enough}, or data.cache to a folder on a local disk"
     run_dir.log(line)
     values = {"lr": lr, "time": seconds, "data_time": data_wait, "memory": memory}
     run_dir.metrics("train", state.iteration, values | losses)
@@ -1368,6 +1446,17 @@ def build_network(config: Config, data: Data) -> Segmentor:
                 f"{', '.join(data.classes[:8])}... They must agree."
             )
     return model
+
+
+def batch_warnings(model: Segmentor, data: Data) -> list[str]:
+    """Says which losses do not depend on the global batch alone."""
+    parts = model.batch_dependent_parts()
+    if not parts or dist_utils.world_size() * data.accumulate == 1:
+        return []
+    return [
+        f"warning: {', '.join(parts)} compares the images of one forward pass with each other, so "
+        "the number of processes and data.accumulate change the experiment"
+    ]
 
 
 def wrap(model: Segmentor, config: Config) -> nn.Module:
@@ -1406,12 +1495,12 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> str: 
     max_iters = config.schedule["max_iters"]
 
     # Arithmetic.
-    dtype, low_precision = choose_precision(config.precision, device)
+    precision = choose_precision(config.precision, device)
+    set_up_arithmetic(precision, config.deterministic)
+    dtype, low_precision = PRECISIONS[precision]
     autocast = functools.partial(
         torch.autocast, device.type, low_precision, enabled=low_precision is not None
     )
-    torch.backends.cudnn.benchmark = not config.deterministic
-    torch.use_deterministic_algorithms(config.deterministic)
 
     # Data, network, optimizer.
     data = load_data(args, config, device)
@@ -1432,8 +1521,10 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> str: 
     # The run directory.
     run_dir = RunDir(Path(config.work_dir), config.checkpoint.keep)
     run_dir.open(config, state, args.eval_only)
-    summary = f"{model_summary(model)}; {world_size} process(es) on {device.type}, "
-    run_dir.log(f"{summary}{low_precision or dtype}; work_dir {config.work_dir}", *notes)
+    summary = f"{model_summary(model)}; {world_size} process(es) on {device.type} in {precision}"
+    notes += batch_warnings(model, data)
+    run_dir.log(f"{summary}; work_dir {config.work_dir}", *notes)
+    due = functools.partial(is_due, state, max_iters)
     evaluation = functools.partial(validate, state, data, device, autocast, args, config, run_dir)
     if args.eval_only:
         evaluation()
@@ -1444,33 +1535,36 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> str: 
         dist_utils.StopSignal() as stop,
         tqdm(total=max_iters, initial=start, disable=rank > 0 or not sys.stderr.isatty()) as bar,
     ):
-        # A signal interrupted the validation that was due when this checkpoint was saved.
-        if not state.validated and not args.no_validate and evaluation():
-            save(state, config, data, run_dir, ["best.pth"])
-        state.validated = True
 
-        def due(interval: int) -> bool:
-            return state.iteration % interval == 0 or state.iteration == max_iters
+        def validate_and_save(validation_is_due: bool, checkpoint_is_due: bool) -> None:
+            # Validate before saving, so that the checkpoint knows its score.
+            is_best = False
+            if validation_is_due and not args.no_validate:
+                is_best = evaluation(lambda: stop.received)
+            state.validated = is_best is not None  # not interrupted by a signal
+            names = ["best.pth"] if is_best else []
+            if checkpoint_is_due or not state.validated:
+                names = [f"iter_{state.iteration}.pth", "latest.pth", *names]
+            if names:
+                save(state, config, data, run_dir, names)
 
+        # A signal interrupted the validation that was due when the checkpoint was saved.
+        if not state.validated:
+            validate_and_save(validation_is_due=True, checkpoint_is_due=False)
+        warm_up(state, net, data, autocast)
         timer = StepTimer()
-        stopping = False
+        stopping = not state.validated
         while state.iteration < max_iters and not stopping:
             # All that is scheduled or random is a function of the iteration: a resumed run is the
             # same run.
             lr = set_learning_rate(optimizer, state.iteration, config)
             torch.manual_seed(step_seed(config.seed, state.iteration, rank))
 
+            with timer.waiting_for_data():
+                micro_batches = list(itertools.islice(batches, data.accumulate))
             # A stop signal travels with the losses: all ranks leave after the same iteration.
-            losses, stopping, data_wait = forward_backward(
-                net,
-                batches,
-                data,
-                device,
-                dtype,
-                autocast,
-                scaler,
-                stop.received > 0,
-                config.timeout,
+            losses, stopping = forward_backward(
+                state, net, micro_batches, data, autocast, stop.received > 0, config.timeout
             )
             is_first = state.iteration == start
             if not math.isfinite(losses["loss"]):
@@ -1479,27 +1573,20 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> str: 
                 check_gradients(model, run_dir)
             optimizer_step(state, config.clip_grad)
             state.iteration += 1
-            timer.tick(data_wait)
+            timer.tick()
             bar.set_postfix(loss=f"{losses['loss']:.4f}", lr=f"{lr:.2e}", refresh=False)
             bar.update()
 
             if due(config.log.interval):
-                report(state, lr, losses, timer, config, run_dir)
+                report(state, lr, losses, timer, config, data, run_dir)
                 timer.reset()
             if is_first:  # Exclude the first step: worker start-up and autotuning.
                 timer.reset()
 
-            # Validate before saving, so that the checkpoint knows its score.
             with timer.pause():
-                is_best = False
-                if due(config.evaluation.interval) and not args.no_validate:
-                    is_best = evaluation(lambda: stop.received)
-                    state.validated = is_best is not None
-                names = ["best.pth"] if is_best else []
-                if due(config.checkpoint.interval) or stopping or not state.validated:
-                    names = [f"iter_{state.iteration}.pth", "latest.pth", *names]
-                if names:
-                    save(state, config, data, run_dir, names)
+                validate_and_save(
+                    due(config.evaluation.interval), due(config.checkpoint.interval) or stopping
+                )
             stopping = stopping or not state.validated
 
     if state.iteration < max_iters or not state.validated:
@@ -1595,7 +1682,7 @@ def as_user_error(error: Exception) -> Exception:
     """
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
-            f"the GPU's memory is too small: {error}\n"
+            f"the GPU's memory is too small for a training step: {error}\n"
             "Set model.backbone.with_cp=true (activation checkpointing), data.accumulate=2 or more "
             "(the same batch in parts), precision=bf16, or a smaller data.crop_size."
         )
@@ -1615,4 +1702,6 @@ if __name__ == "__main__":
         # 143 is how a shell reports an end by SIGTERM.
         sys.exit(0 if main() == "done" else 143)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        if dist_utils.is_first_to_report(str(error)):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -24,6 +24,7 @@ from conftest import (
     metrics,
     rank_environment,
     sibling,
+    write_config,
 )
 from torch import Tensor, nn
 
@@ -276,14 +277,16 @@ def test_conversion_of_a_model_that_is_a_norm():
 @pytest.mark.parametrize(
     ("environment", "missing"),
     [
-        ({"WORLD_SIZE": "2"}, "no RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1"}, "no MASTER_ADDR. "),
-        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "no MASTER_PORT. "),
+        ({}, "no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"LOCAL_RANK": "1", "RANK": "1", "MASTER_PORT": "1"}, "no MASTER_ADDR. "),
+        ({"LOCAL_RANK": "1", "RANK": "1", "MASTER_ADDR": "localhost"}, "no MASTER_PORT. "),
+        ({"RANK": "1", "MASTER_PORT": "1", "MASTER_ADDR": "localhost"}, "no LOCAL_RANK. "),
     ],
 )
 def test_missing_variables_are_named(monkeypatch, environment, missing):
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessError, match=missing) as error:
@@ -506,3 +509,16 @@ def steps_until_stopped() -> int:
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(on_ranks):
     assert on_ranks(3, steps_until_stopped) == [4, 4, 4]
+
+
+@pytest.mark.parametrize("restart", ["0", "1"])
+def test_an_error_of_every_rank_is_printed_once(tiny, tmp_path, restart):
+    """Under torchrun, an error in the config is found by both ranks and printed by one of them."""
+    tiny["optimizer"]["lr"] = "fast"
+    config = write_config(tiny, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["--max-restarts", restart, str(ROOT / "train.py"), "--config", str(config)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 1
+    output = process.stdout + process.stderr
+    assert output.count("error: optimizer.lr") == 1 + int(restart)

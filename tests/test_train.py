@@ -501,3 +501,117 @@ def test_every_config_builds(path):
     config = train.load_config(path)
     with torch.device("meta"):
         assert models.build_model(config["model"]).num_classes > 1
+
+
+LOSSES = [
+    {"type": "CrossEntropyLoss", "loss_name": "loss_plain"},
+    {"type": "CrossEntropyLoss", "loss_name": "loss_valid", "avg_non_ignore": True},
+    {
+        "type": "CrossEntropyLoss",
+        "loss_name": "loss_weighted",
+        "class_weight": [1.0, 5.0, 0.2, 1.0, 1.0, 3.0, 1.0, 0.1],
+    },
+    {
+        "type": "CrossEntropyLoss",
+        "loss_name": "loss_weighted_valid",
+        "class_weight": [1.0, 5.0, 0.2, 1.0, 1.0, 3.0, 1.0, 0.1],
+        "avg_non_ignore": True,
+    },
+    {
+        "type": "CrossEntropyLoss",
+        "loss_name": "loss_sigmoid",
+        "use_sigmoid": True,
+        "avg_non_ignore": True,
+    },
+    {"type": "DiceLoss"},
+    {"type": "FocalLoss"},
+    {"type": "LovaszLoss", "per_image": True},
+]
+
+
+def test_every_loss_is_global(tiny, run):
+    """1 x 8, 2 x 4 and 2 x 2 x 2 images have the same losses and weights, for every loss."""
+    tiny["precision"] = "fp64"
+    tiny["model"] = WITHOUT_BATCH_NORM | {
+        "decode_head": WITHOUT_BATCH_NORM["decode_head"] | {"loss_decode": LOSSES}
+    }
+    # Images smaller than the crop: the padding is ignored, so the number of valid pixels varies.
+    tiny["data"] |= {"batch_size": 8, "size": [40, 40], "ratio_range": [0.5, 2.0]}
+    tiny["schedule"]["max_iters"] = 4
+    found = []
+    for world_size, accumulate in ((1, 1), (2, 1), (2, 2)):
+        config = sibling(tiny, f"{world_size}x{accumulate}")
+        config["data"]["accumulate"] = accumulate
+        run(config, "--no-validate", world_size=world_size)
+        found.append(metrics(config))
+    names = [f"decode.{loss.get('loss_name')}" for loss in LOSSES[:5]]
+    names += ["decode.loss_dice", "decode.loss_focal", "decode.loss_lovasz", "loss"]
+    for name in names:
+        whole, processes, micro_batches = [[line[name] for line in lines] for lines in found]
+        np.testing.assert_allclose(processes, whole, rtol=1e-9, err_msg=name)
+        np.testing.assert_allclose(micro_batches, whole, rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batch_dependent_losses_are_announced(tiny, run, accumulate):
+    """OHEM and the Lovász loss of a batch depend on how it is divided, and the log says so."""
+    set_in_heads(tiny, sampler={"type": "OHEMPixelSampler", "thresh": 0.7, "min_kept": 100})
+    tiny["schedule"]["max_iters"] = 1
+    tiny["data"]["accumulate"] = accumulate
+    output = run(tiny, "--no-validate").output()
+    assert ("warning: OHEMPixelSampler" in output) == (accumulate > 1)
+
+
+@pytest.mark.parametrize(
+    "world_size, settings",
+    [(3, {}), (4, {}), (3, {"data.accumulate": 2})],
+    ids=["3", "4", "accumulate"],
+)
+def test_resume_is_exact_with_several_processes(tiny, run, world_size, settings):
+    """From 3 processes on, the order in which gradients are summed matters."""
+    tiny["data"]["batch_size"] = 2 * world_size * settings.get("data.accumulate", 1)
+    tiny["data"]["accumulate"] = settings.get("data.accumulate", 1)
+    straight = sibling(tiny, "straight")
+    resumed = sibling(tiny, "resumed")
+    run(straight, "--no-validate", world_size=world_size)
+    Path(resumed["work_dir"]).mkdir()
+    for name in ("train.log", "metrics.jsonl", "iter_3.pth"):
+        shutil.copy(Path(straight["work_dir"]) / name, resumed["work_dir"])
+    run(resumed, "--no-validate", "--resume-from", "auto", world_size=world_size)
+    assert_same_run(straight, resumed)
+
+
+def test_signal_during_the_validation_that_a_resume_makes_up_for(tiny, run):
+    """A second preemption, during the validation that the first one interrupted, is honored too."""
+    tiny["data"]["val_length"] = 2000
+    run(tiny, "--no-validate")
+    path = Path(tiny["work_dir"]) / "iter_3.pth"
+    torch.save(torch.load(path, weights_only=True) | {"validated": False}, path)
+    other = sibling(tiny, "other")
+    process = run(other, "--resume-from", path, started=True)
+    log = Path(other["work_dir"]) / "train.log"
+    wait_for(lambda: log.exists() and "resumed from" in log.read_text(), process)
+    os.kill(process.processes[0].pid, signal.SIGTERM)
+    assert process.wait() == [143]
+    assert metrics(other) == []
+    # The new work_dir holds the state, so that --resume-from auto goes on from it.
+    saved = checkpoint(other)
+    assert saved["iteration"] == 3
+    assert saved["validated"] is False
+
+
+@pytest.mark.parametrize("name, expected", [("fp32", False), ("tf32", True)])
+def test_fp32_and_tf32_set_both_kinds_of_kernels(name, expected):
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    train.set_up_arithmetic(name, deterministic=False)
+    found = [kind.allow_tf32 for kind in kinds]
+    for kind, value in zip(kinds, before):
+        kind.allow_tf32 = value
+    assert found == [expected, expected]
+
+
+@pytest.mark.parametrize("has_bf16, expected", [(True, "bf16"), (False, "fp16")])
+def test_auto_precision_on_a_gpu(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert train.choose_precision("auto", torch.device("cuda")) == expected
