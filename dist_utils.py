@@ -324,39 +324,44 @@ def _channel_layout(x: Tensor) -> tuple[list[int], list[int]]:
     return dims, shape
 
 
-class _SyncBatchNormFunction(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) * weight + bias, with statistics over all processes.
-
-    Also returns the mean (C), the biased variance (C) and the number of values per channel. There
-    is one all_gather in each direction.
+def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C), biased variance (C) and number of values per channel over all processes.
 
     Statistics are merged as in Chan et al., "Updating Formulae and a Pairwise Algorithm for
-    Computing Sample Variances" (1979). The gradient is batch norm's, as in
-    https://arxiv.org/abs/1502.03167.
+    Computing Sample Variances" (1979), with one all_gather.
+    """
+    dims, _ = _channel_layout(x)
+    channels = x.size(1)
+    var, mean = torch.var_mean(_upcast(x), dims, correction=0)
+    count = mean.new_tensor([x.numel() // channels])
+    gathered = all_gather(torch.cat([mean, var, count]))  # (world_size, 2C + 1)
+    means, variances, counts = gathered.split([channels, channels, 1], dim=1)
+    count = counts.sum()
+    mean = (counts * means).sum(0) / count
+    var = (counts * (variances + (means - mean).square())).sum(0) / count
+    return mean, var, count
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class _SyncBatchNormFunction(torch.autograd.Function):
+    """(x - mean) * inv_std * weight + bias, with the gradient of batch norm.
+
+    mean (C), inv_std (C) and count are those of the values of all processes in x, so x has a
+    gradient through them too (https://arxiv.org/abs/1502.03167). That takes one all_gather.
     """
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dims, shape = _channel_layout(x)
-        channels = x.size(1)
-        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        var, mean = torch.var_mean(values, dims, correction=0)
-        count = mean.new_tensor([x.numel() // channels])
-        gathered = all_gather(torch.cat([mean, var, count]))  # (world_size, 2C + 1)
-        means, variances, counts = gathered.split([channels, channels, 1], dim=1)
-        count = counts.sum()
-        mean = (counts * means).sum(0) / count
-        var = (counts * (variances + (means - mean).square())).sum(0) / count
-        inv_std = torch.rsqrt(var + eps)
+    def forward(ctx, x, weight, bias, mean, inv_std, count):
+        _, shape = _channel_layout(x)
         ctx.save_for_backward(x, weight, mean, inv_std, count)
-        ctx.mark_non_differentiable(mean, var, count)
-        y = (values - mean.view(shape)) * (inv_std * weight).view(shape) + bias.view(shape)
-        return y.to(x.dtype), mean, var, count
+        y = (_upcast(x) - mean.view(shape)) * (inv_std * weight).view(shape) + bias.view(shape)
+        return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, grad_y):
         x, weight, mean, inv_std, count = ctx.saved_tensors
         dims, shape = _channel_layout(x)
         grad_y = grad_y.to(mean.dtype)
@@ -368,7 +373,7 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         mean_grad, mean_grad_x_hat = (sums / count).chunk(2)
         grad_x = grad_y - mean_grad.view(shape) - x_hat * mean_grad_x_hat.view(shape)
         grad_x = grad_x * (inv_std * weight).view(shape)
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None
 
 
 class _FusedSyncBatchNormFunction(_functions.SyncBatchNorm):
@@ -424,7 +429,10 @@ class SyncBatchNorm(_BatchNorm):
             )
         weight = x.new_ones(x.size(1)) if self.weight is None else self.weight
         bias = x.new_zeros(x.size(1)) if self.bias is None else self.bias
-        y, mean, var, count = _SyncBatchNormFunction.apply(x, weight, bias, self.eps)
+        with torch.no_grad():
+            mean, var, count = _global_statistics(x)
+        inv_std = torch.rsqrt(var + self.eps)
+        y = _SyncBatchNormFunction.apply(x, weight, bias, mean, inv_std, count)
         if self.track_running_stats:
             unbiased_var = var * count / (count - 1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)

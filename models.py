@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -374,6 +375,7 @@ class Loss(nn.Module):
 
     NAME = "loss"
     whole_batch = False  # True if `loss_sum` cannot be computed image by image
+    depends_on_batch = False  # True if images of one forward pass affect each other's loss
 
     def __init__(
         self,
@@ -397,6 +399,12 @@ class Loss(nn.Module):
         weight: (n, H, W), the sampler's weight of each pixel; None without a sampler.
         """
         raise NotImplementedError
+
+    def mean_over_processes(self, count):
+        """The mean of a number that depends on the pixels of a forward pass, in training."""
+        if not self.training or count.is_meta:
+            return count
+        return dist_utils.all_reduce(count) / dist_utils.world_size()
 
     def normalizer(self, label: Tensor, channels: int) -> int | Tensor:
         """What the sum is divided by: a number, or a scalar that depends on the label's values.
@@ -580,6 +588,7 @@ class LovaszLoss(Loss):
         self.binary = loss_type == "binary"
         self.classes = classes
         self.whole_batch = not per_image
+        self.depends_on_batch = not per_image
 
     def loss_sum(self, logits, label, weight):
         # Ignored pixels get error 0; masking keeps shapes static, so the GPU does not sync.
@@ -619,6 +628,64 @@ class LovaszLoss(Loss):
 
     def normalizer(self, label: Tensor, channels: int) -> int:
         return 1 if self.whole_batch else len(label)
+
+
+class OhemCrossEntropy(Loss):
+    """Cross entropy, averaged over the hard pixels alone (https://arxiv.org/abs/1604.03540).
+
+    Hard are those whose own class has a probability below `thres`, at least `min_kept` of the batch
+    that a process has.
+    """
+
+    NAME = "loss_ohem"
+    depends_on_batch = True
+    FIXED = {"ignore_label": [IGNORE]}
+
+    def __init__(self, *, thres: float = 0.7, min_kept: int = 100000, **kwargs):
+        super().__init__(**kwargs)
+        self.thres = thres
+        self.min_kept = min_kept
+
+    def forward(self, logits, label, align_corners=False, weight=None, normalizer=None):
+        min_kept = max(1, self.min_kept // len(label))
+        sampler = OHEMPixelSampler(thresh=self.thres, min_kept=min_kept)
+        hard = sampler(logits, label, align_corners)  # (N, H, W), 1 or 0
+        if weight is not None:
+            hard = hard * weight
+        count = self.mean_over_processes(hard.sum())
+        return super().forward(logits, label, align_corners, hard / count.clamp(min=1))
+
+    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        factors = None if self.class_weight is None else self.class_weight.to(logits.dtype)
+        loss = F.cross_entropy(logits, label, factors, ignore_index=IGNORE, reduction="none")
+        return (loss * weight).sum()
+
+    def normalizer(self, label: Tensor, channels: int) -> int:
+        return 1  # the weights have been divided already
+
+
+class BoundaryLoss(Loss):
+    """Binary cross entropy of edges, in which edges and the rest have the same weight in total.
+
+    logits (N, 1, h, w), label (N, H, W): 1 for an edge, else 0 (https://arxiv.org/abs/2206.02066).
+    """
+
+    NAME = "loss_boundary"
+    depends_on_batch = True
+
+    def __init__(self, *, loss_weight: float = 1.0, loss_name: str | None = None):
+        super().__init__(loss_weight=loss_weight, loss_name=loss_name)
+
+    def forward(self, logits, label, align_corners=False, weight=None, normalizer=None):
+        edges = self.mean_over_processes((label == 1).sum().float())
+        total = label.numel()
+        balance = torch.where(label == 1, (total - edges) / total, edges / total)
+        return super().forward(logits, label, align_corners, balance)
+
+    def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            logits.squeeze(1), label.float(), weight, reduction="sum"
+        )
 
 
 class OHEMPixelSampler:
@@ -663,7 +730,17 @@ class OHEMPixelSampler:
         return (valid & kept).to(probability.dtype)
 
 
-LOSSES = {c.__name__: c for c in (CrossEntropyLoss, DiceLoss, FocalLoss, LovaszLoss)}
+LOSSES = {
+    c.__name__: c
+    for c in (
+        CrossEntropyLoss,
+        DiceLoss,
+        FocalLoss,
+        LovaszLoss,
+        OhemCrossEntropy,
+        BoundaryLoss,
+    )
+}
 SAMPLERS = {"OHEMPixelSampler": OHEMPixelSampler}
 
 
@@ -1608,6 +1685,640 @@ class SwinTransformer(Backbone):
         return renamed
 
 
+class RopePositionEmbedding(nn.Module):
+    """Rotary positions (https://arxiv.org/abs/2104.09864) of a grid of patches, as DINOv3 has them.
+
+    Rows and columns run from -1 to 1 over the image; each rotates half of a head's channels.
+    """
+
+    def __init__(self, head_dim: int, base: float):
+        super().__init__()
+        # float64, so that the angles are exact in every precision.
+        exponents = torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4)
+        self.register_buffer("periods", base**exponents)
+
+    def forward(self, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """Sine and cosine of the angles, (h*w, head_dim) each."""
+        like = {"dtype": self.periods.dtype, "device": self.periods.device}
+        rows = (torch.arange(h, **like) + 0.5) / h * 2 - 1
+        columns = (torch.arange(w, **like) + 0.5) / w * 2 - 1
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), 2)  # (h, w, 2)
+        angles = 2 * math.pi * grid.unsqueeze(3) / self.periods  # (h, w, 2, head_dim/4)
+        angles = angles.view(h * w, -1).repeat(1, 2)
+        return angles.sin(), angles.cos()
+
+
+def rotate(x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
+    """Rotates the patches, the last tokens of x (N, heads, L, C), by angles given as (h*w, C)."""
+    extra = x.shape[2] - len(sine)
+    patches = x[:, :, extra:]
+    first, second = patches.chunk(2, 3)
+    turned = torch.cat([-second, first], 3)
+    rotated = patches * cosine + turned * sine
+    return torch.cat([x[:, :, :extra], rotated.to(x.dtype)], 2)
+
+
+class LinearKMaskedBias(nn.Linear):
+    """The projection to queries, keys and values; `bias_mask` leaves out the bias of the keys."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, 3 * channels)
+        mask = torch.ones(3, channels)
+        mask[1] = 0
+        self.register_buffer("bias_mask", mask.flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias * self.bias_mask)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, channels: int, num_heads: int, mask_k_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        if mask_k_bias:
+            self.qkv = LinearKMaskedBias(channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:  # (N, L, C)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, num_heads, L, C/num_heads) each
+        if rope is not None:
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """A gated feed-forward layer (https://arxiv.org/abs/2002.05202), two thirds of `hidden` wide.
+
+    `fused`: gate and value by one projection, as in DINOv2; DINOv3 has two.
+    """
+
+    def __init__(self, channels: int, hidden: int, fused: bool = False):
+        super().__init__()
+        hidden = (hidden * 2 // 3 + 7) // 8 * 8
+        self.fused = fused
+        if fused:
+            self.w12 = nn.Linear(channels, 2 * hidden)
+        else:
+            self.w1 = nn.Linear(channels, hidden)
+            self.w2 = nn.Linear(channels, hidden)
+        self.w3 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, 2) if self.fused else (self.w1(x), self.w2(x))
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel (https://arxiv.org/abs/2103.17239)."""
+
+    def __init__(self, channels: int, init_value: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels,), init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class ViTBlock(nn.Module):
+    """A transformer block that normalizes what enters attention and MLP."""
+
+    def __init__(
+        self, channels: int, attn: nn.Module, mlp: nn.Module, drop_path: float, eps: float
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps)
+        self.attn = attn
+        self.ls1 = nn.Identity()
+        self.norm2 = nn.LayerNorm(channels, eps)
+        self.mlp = mlp
+        self.ls2 = nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens_and_rope: tuple) -> tuple:
+        x, rope = tokens_and_rope  # (N, L, C), (sine, cosine) or None
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rope)))
+        x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        return x, rope
+
+
+class ViT(Backbone):
+    """A plain Vision Transformer (https://arxiv.org/abs/2010.11929), by default ViT-B/16.
+
+    Names are those of timm, DINOv2 and DINOv3, whose weight files load as they are. A map is the
+    normalized patch tokens after a block of `out_indices` (four evenly spaced ones by default):
+    (N, embed_dim, H/patch_size, W/patch_size), of an image of any size.
+
+    `img_size`: of the pretraining, which gives the number of learned positions. For other sizes
+    they are interpolated, with the pretraining's `interpolate_offset` and `interpolate_antialias`.
+    `pos_embed_rope_base`: of rotary positions, which take the place of learned ones.
+    `num_register_tokens`: https://arxiv.org/abs/2309.16588. `init_values`: of LayerScale, None for
+    no such layer. `ffn_layer`: mlp, swiglu (DINOv3) or swiglufused (DINOv2). `mask_k_bias`: no bias
+    for keys. `pre_norm`: layer norm before the blocks, as in CLIP. `mask_token`: has the one of the
+    weight files, which is not used.
+    """
+
+    FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU, "swiglufused": partial(SwiGLU, fused=True)}
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        ffn_layer: str = "mlp",
+        init_values: float | None = None,
+        norm_eps: float = 1e-6,
+        pre_norm: bool = False,
+        mask_k_bias: bool = False,
+        mask_token: bool = False,
+        num_register_tokens: int = 0,
+        interpolate_antialias: bool = False,
+        interpolate_offset: float = 0.0,
+        pos_embed_rope_base: float | None = None,
+        drop_path_rate: float = 0.0,
+        out_indices: list[int] | None = None,
+        **kwargs,
+    ):
+        c = embed_dim
+        out_indices = out_indices or [depth * k // 4 - 1 for k in (1, 2, 3, 4)]
+        super().__init__(depth, out_indices=out_indices, **kwargs)
+        if ffn_layer not in self.FFN_LAYERS or c % (4 * num_heads):
+            raise UserError(
+                f"ffn_layer is {ffn_layer!r}, which can be {', '.join(self.FFN_LAYERS)}, and "
+                f"embed_dim {c}, which has to be a multiple of 4 * num_heads, {4 * num_heads}"
+            )
+        self.patch_size = patch_size
+        self.interpolate_offset = interpolate_offset
+        self.interpolate_antialias = interpolate_antialias
+        self.create_tokens(c, num_register_tokens, img_size, pos_embed_rope_base is None)
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, c), requires_grad=False)
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(
+            self.in_channels, c, patch_size, patch_size, bias=not pre_norm
+        )
+        if pos_embed_rope_base is not None:
+            self.rope_embed = RopePositionEmbedding(c // num_heads, pos_embed_rope_base)
+        self.norm_pre = nn.LayerNorm(c, norm_eps) if pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList()
+        for rate in drop_path_rates(drop_path_rate, [depth])[0]:
+            attn = Attention(c, num_heads, mask_k_bias)
+            mlp = self.FFN_LAYERS[ffn_layer](c, int(c * mlp_ratio))
+            block = ViTBlock(c, attn, mlp, rate, norm_eps)
+            if init_values is not None:
+                block.ls1 = LayerScale(c, init_values)
+                block.ls2 = LayerScale(c, init_values)
+            self.blocks.append(block)
+        self.norm = nn.LayerNorm(c, norm_eps)
+        init_transformer(self)
+        self.blocks[max(out_indices) + 1 :].requires_grad_(False)  # no map depends on these
+
+    def create_tokens(self, channels: int, registers: int, img_size: int, positions: bool) -> None:
+        """The learned tokens beside the patches, and the learned positions."""
+        counts = {"cls_token": 1}
+        if registers:
+            counts["register_tokens" if positions else "storage_tokens"] = registers
+        self.extra_tokens = list(counts)
+        if positions:
+            counts["pos_embed"] = 1 + (img_size // self.patch_size) ** 2
+        for name, count in counts.items():
+            tokens = nn.init.trunc_normal_(torch.empty(1, count, channels), std=0.02)
+            self.register_parameter(name, nn.Parameter(tokens))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        size = self.patch_size
+        covered = image.shape[2] / size, image.shape[3] / size
+        image = F.pad(image, (0, -image.shape[3] % size, 0, -image.shape[2] % size))
+        x = self.patch_embed.proj(image)  # (N, C, h, w)
+        h, w = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        extra = [getattr(self, name) for name in self.extra_tokens]
+        rope = None
+        if hasattr(self, "rope_embed"):
+            rope = [table.to(self.cls_token.dtype) for table in self.rope_embed(h, w)]
+        else:
+            x = x + self.positions(h, w)
+            extra[0] = extra[0] + self.pos_embed[:, :1]
+        x = torch.cat([*(tokens.expand(len(x), -1, -1) for tokens in extra), x], 1)
+        x = self.norm_pre(x)  # (N, extra + h*w, C)
+        maps = {}
+        for i, block in enumerate(self.blocks[: max(self.out_indices) + 1]):
+            x, rope = run_blocks([block], (x, rope), self.with_cp)
+            if i in self.out_indices:
+                patches = self.norm(x[:, -h * w :]).transpose(1, 2)
+                maps[i] = crop_map(patches.unflatten(2, (h, w)), *covered)
+        return [maps[i] for i in self.out_indices]
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """The learned positions of h x w patches, (1, h*w, C), by bicubic interpolation."""
+        grid = self.pos_embed[:, 1:]
+        side = math.isqrt(grid.shape[1])
+        if h == w == side:
+            return grid
+        # Matrix products, as the gradient of F.interpolate is not deterministic on CUDA.
+        unit = torch.eye(side, dtype=grid.dtype, device=grid.device)[None, None]
+        options = {"mode": "bicubic", "antialias": self.interpolate_antialias}
+        weights = []  # (h, side), (w, side)
+        for size in (h, w):
+            target = {"size": (size, side)}
+            if self.interpolate_offset:
+                target = {"scale_factor": ((size + self.interpolate_offset) / side, 1.0)}
+            weights.append(F.interpolate(unit, **target, **options)[0, 0])
+        with without_autocast(grid.device):
+            y = (weights[0] @ grid.reshape(side, -1)).view(h, side, -1)
+            return (weights[1] @ y).view(1, h * w, -1)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        """Without timm's classifier and a norm that only DINOv3's own training uses."""
+        for key in list(state_dict):
+            if key.startswith((f"{prefix}head.", f"{prefix}local_cls_norm.")):
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def crop_map(x: Tensor, rows: float, columns: float) -> Tensor:
+    """The part of a padded map (N, C, h, w) that its image covers, resampled to h x w.
+
+    rows, columns: the size of that part, which may end within a pixel of the map.
+    """
+    h, w = x.shape[2:]
+    if (h, w) == (rows, columns):
+        return x
+    # F.interpolate would only copy the map, as its size stays.
+    y_scale, x_scale = rows / h, columns / w
+    affine = x.new_tensor([[x_scale, 0, x_scale - 1], [0, y_scale, y_scale - 1]])
+    grid = F.affine_grid(affine.expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+class VisionTransformer(ViT):
+    """ViT, where `arch` stands for the keywords of a published one; other keywords override them.
+
+    DINOv2 (https://arxiv.org/abs/2304.07193): dinov2_vits14, vitb14, vitl14, vitg14, and each with
+    `_reg`; DINOv3 (https://arxiv.org/abs/2508.10104): dinov3_vits16, vits16plus, vitb16, vitl16,
+    vitl16plus, vith16plus.
+    """
+
+    DINOV2 = {"img_size": 518, "patch_size": 14, "init_values": 1.0, "mask_token": True}
+    OFFSET = {"interpolate_offset": 0.1}
+    REGISTERS = {"num_register_tokens": 4, "interpolate_antialias": True}
+    DINOV3 = {
+        "num_register_tokens": 4,
+        "pos_embed_rope_base": 100.0,
+        "init_values": 1e-5,
+        "norm_eps": 1e-5,
+        "mask_k_bias": True,
+        "mask_token": True,
+    }
+    PLUS = {"mlp_ratio": 6.0, "ffn_layer": "swiglu"}
+    VITS = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+    VITB = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+    VITL = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+    VITH = {"embed_dim": 1280, "depth": 32, "num_heads": 20}
+    VITG = {"embed_dim": 1536, "depth": 40, "num_heads": 24, "ffn_layer": "swiglufused"}
+    ARCHS = {
+        "dinov2_vits14": DINOV2 | VITS | OFFSET,
+        "dinov2_vitb14": DINOV2 | VITB | OFFSET,
+        "dinov2_vitl14": DINOV2 | VITL | OFFSET,
+        "dinov2_vitg14": DINOV2 | VITG | OFFSET,
+        "dinov2_vits14_reg": DINOV2 | VITS | REGISTERS,
+        "dinov2_vitb14_reg": DINOV2 | VITB | REGISTERS,
+        "dinov2_vitl14_reg": DINOV2 | VITL | REGISTERS,
+        "dinov2_vitg14_reg": DINOV2 | VITG | REGISTERS,
+        "dinov3_vits16": DINOV3 | VITS,
+        "dinov3_vits16plus": DINOV3 | VITS | PLUS,
+        "dinov3_vitb16": DINOV3 | VITB,
+        "dinov3_vitl16": DINOV3 | VITL,
+        "dinov3_vitl16plus": DINOV3 | VITL | PLUS,
+        "dinov3_vith16plus": DINOV3 | VITH | PLUS,
+    }
+
+    def __init__(self, *, arch: str | None = None, **kwargs):
+        if arch is not None and arch not in self.ARCHS:
+            raise UserError(f"arch is {arch!r}; it can be {', '.join(self.ARCHS)}")
+        super().__init__(**{**self.ARCHS.get(arch, {}), **kwargs})
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolutions, the first with the stride, the others dilated."""
+
+    def __init__(
+        self, in_channels: int, channels: int, num_convs: int, dilation: int, stride: int = 1
+    ):
+        super().__init__()
+        self.convs = nn.Sequential(ConvModule(in_channels, channels, 3, stride=stride))
+        for _ in range(num_convs - 1):
+            self.convs.append(ConvModule(channels, channels, 3, dilation=dilation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convs(x)
+
+
+class UpConvBlock(nn.Module):
+    """Merges a map into the encoder's finer one, which has half the channels."""
+
+    def __init__(self, channels: int, num_convs: int, dilation: int, same_size: bool):
+        super().__init__()
+        self.conv_block = ConvBlock(channels, channels // 2, num_convs, dilation)
+        self.upsample = ConvModule(channels, channels // 2)
+        if not same_size:  # the names of MMSegmentation's InterpConv
+            conv = nn.Sequential(nn.Identity(), self.upsample)
+            self.upsample = nn.Sequential()
+            self.upsample.add_module("interp_upsample", conv)
+
+    def forward(self, skip_and_x: tuple[Tensor, Tensor]) -> Tensor:
+        skip, x = skip_and_x  # (N, channels/2, 2h, 2w), (N, channels, h, w)
+        x = self.upsample(resize(x, skip, align_corners=False))
+        return self.conv_block(torch.cat([skip, x], 1))
+
+
+class UNet(Backbone):
+    """U-Net (https://arxiv.org/abs/1505.04597) with padded convolutions and BN, for any image size.
+
+    Stage i of the encoder halves the map by the stride of its first convolution if `strides[i]` is
+    2, else by max pooling if `downsamples[i - 1]`. Maps, coarsest first: the encoder's last, with
+    base_channels * 2**(num_stages - 1) channels, then the decoder's, up to the image's size.
+    """
+
+    FIXED = {"upsample_cfg": [{"type": "InterpConv"}]}
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        base_channels: int = 64,
+        num_stages: int = 5,
+        strides: list[int] = (1,) * 5,
+        enc_num_convs: list[int] = (2,) * 5,
+        dec_num_convs: list[int] = (2,) * 4,
+        downsamples: list[bool] = (True,) * 4,
+        enc_dilations: list[int] = (1,) * 5,
+        dec_dilations: list[int] = (1,) * 4,
+        with_cp: bool = False,
+    ):
+        indices = range(num_stages)
+        super().__init__(num_stages, in_channels=in_channels, out_indices=indices, with_cp=with_cp)
+        lengths = {len(x) for x in (strides, enc_num_convs, enc_dilations)}
+        lengths |= {len(x) + 1 for x in (downsamples, dec_num_convs, dec_dilations)}
+        if lengths != {num_stages}:
+            raise UserError(
+                f"num_stages is {num_stages}; strides, enc_num_convs and enc_dilations need as "
+                "many values, and downsamples, dec_num_convs and dec_dilations one fewer"
+            )
+        self.encoder = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        for i in indices:
+            channels = base_channels * 2**i
+            block = ConvBlock(in_channels, channels, enc_num_convs[i], enc_dilations[i], strides[i])
+            stage = nn.Sequential(block)
+            if i > 0:
+                if downsamples[i - 1] and strides[i] == 1:
+                    stage.insert(0, nn.MaxPool2d(2))
+                same_size = strides[i] == 1 and not downsamples[i - 1]
+                self.decoder.append(
+                    UpConvBlock(channels, dec_num_convs[i - 1], dec_dilations[i - 1], same_size)
+                )
+            self.encoder.append(stage)
+            in_channels = channels
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        x = image
+        skips = []
+        for stage in self.encoder:
+            x = run_blocks(stage, x, self.with_cp)
+            skips.append(x)  # (N, base_channels * 2**i, H/2**i, W/2**i)
+        maps = [skips.pop()]
+        for block in self.decoder[::-1]:
+            maps.append(run_blocks([block], (skips.pop(), maps[-1]), self.with_cp))
+        return maps
+
+
+class PreActConv(nn.Module):
+    """BN, ReLU and convolution, under mmcv's names."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1):
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, 1, padding, groups=groups, bias=False
+        )
+        self.bn = nn.BatchNorm2d(in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.bn(x), inplace=True))
+
+
+class DAPPM(nn.Module):
+    """Deep aggregation pyramid pooling (https://arxiv.org/abs/2101.06085).
+
+    `parallel`: PIDNet's PAPPM, which takes all scales at once through a grouped convolution.
+    """
+
+    def __init__(self, in_channels: int, channels: int, out_channels: int, parallel: bool):
+        super().__init__()
+        pools = [nn.AvgPool2d(2 * stride + 1, stride, stride) for stride in (2, 4, 8)]
+        pools.append(nn.AdaptiveAvgPool2d(1))
+        self.scales = nn.ModuleList([PreActConv(in_channels, channels)])
+        self.scales.extend(nn.Sequential(pool, PreActConv(in_channels, channels)) for pool in pools)
+        self.parallel = parallel
+        if parallel:
+            self.processes = PreActConv(4 * channels, 4 * channels, 3, groups=4)
+        else:
+            self.processes = nn.ModuleList(PreActConv(channels, channels, 3) for _ in pools)
+        self.compression = PreActConv(5 * channels, out_channels)
+        self.shortcut = PreActConv(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, in_channels, h, w) -> (N, out_channels, h, w)
+        first, *pooled = [resize(scale(x), x, align_corners=False) for scale in self.scales]
+        maps = [first]
+        if self.parallel:
+            maps.append(self.processes(torch.cat([first + y for y in pooled], 1)))
+        else:
+            for process, y in zip(self.processes, pooled):
+                maps.append(process(maps[-1] + y))
+        return self.compression(torch.cat(maps, 1)) + self.shortcut(x)
+
+
+class PIDBlock(nn.Module):
+    """ResNet's basic block or bottleneck under mmcv's names; `relu`: whether it ends with one."""
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, relu: bool, bottleneck: bool = False
+    ):
+        super().__init__()
+        self.relu = relu
+        if bottleneck:
+            self.conv1 = ConvModule(in_channels, channels)
+            self.conv2 = ConvModule(channels, channels, 3, stride=stride)
+            self.conv3 = ConvModule(channels, 2 * channels, act=None)
+            channels = 2 * channels
+        else:
+            self.conv1 = ConvModule(in_channels, channels, 3, stride=stride)
+            self.conv2 = ConvModule(channels, channels, 3, act=None)
+            self.conv3 = nn.Identity()
+        self.downsample = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.downsample = ConvModule(in_channels, channels, stride=stride, act=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv3(self.conv2(self.conv1(x))) + self.downsample(x)
+        return F.relu(y, inplace=True) if self.relu else y
+
+
+def pid_layer(in_channels: int, channels: int, count: int, stride: int = 1) -> nn.Sequential:
+    """Basic blocks; the last of several ends without ReLU."""
+    blocks = nn.Sequential(PIDBlock(in_channels, channels, stride, relu=True))
+    for i in range(1, count):
+        blocks.append(PIDBlock(channels, channels, 1, relu=i < count - 1))
+    return blocks
+
+
+def bottlenecks(in_channels: int, channels: int, count: int = 1, stride: int = 1) -> nn.Sequential:
+    """Bottlenecks, which end without ReLU."""
+    blocks = nn.Sequential()
+    for i in range(count):
+        first_stride = stride if i == 0 else 1
+        blocks.append(PIDBlock(in_channels, channels, first_stride, relu=False, bottleneck=True))
+        in_channels = 2 * channels
+    return blocks
+
+
+class PagFM(nn.Module):
+    """Mixes a pixel of p with that of i, which counts the more the better the two agree."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.f_i = ConvModule(in_channels, channels, act=None)
+        self.f_p = ConvModule(in_channels, channels, act=None)
+
+    def forward(self, p: Tensor, i: Tensor) -> Tensor:  # (N, C, h, w), and any size
+        agreement = self.f_p(p) * resize(self.f_i(i), p, align_corners=False)
+        share = agreement.sum(1, keepdim=True).sigmoid()  # (N, 1, h, w)
+        return share * resize(i, p, align_corners=False) + (1 - share) * p
+
+
+class Bag(nn.Module):
+    """Fuses the three branches: details (p) at boundaries (d), context (i) elsewhere."""
+
+    def __init__(self, channels: int, light: bool):
+        super().__init__()
+        self.light = light
+        if light:
+            self.f_p = ConvModule(channels, channels, act=None)
+            self.f_i = ConvModule(channels, channels, act=None)
+        else:
+            self.conv = PreActConv(channels, channels, 3)
+
+    def forward(self, p: Tensor, i: Tensor, d: Tensor) -> Tensor:  # (N, channels, h, w) each
+        share = d.sigmoid()
+        if self.light:
+            return self.f_p((1 - share) * i + p) + self.f_i(i + share * p)
+        return self.conv(share * p + (1 - share) * i)
+
+
+class PIDNet(Backbone):
+    """PIDNet (https://arxiv.org/abs/2206.02066): branches for details, context and boundaries.
+
+    S has `channels` 32, M 64; L has 64, `ppm_channels` 112, 3 stem blocks and 4 branch blocks.
+    Maps: the proportional one (N, 2 * channels, H/8, W/8), the fused one (N, 4 * channels, H/8,
+    W/8) and the derivative one (N, 2 * channels, H/8, W/8).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        channels: int = 64,
+        ppm_channels: int = 96,
+        num_stem_blocks: int = 2,
+        num_branch_blocks: int = 3,
+        align_corners: bool = False,
+        with_cp: bool = False,
+    ):
+        super().__init__(3, in_channels=in_channels, out_indices=range(3), with_cp=with_cp)
+        self.align_corners = align_corners
+        c = channels
+        stem = num_stem_blocks
+        light = stem == 2  # S and M
+        self.stem = nn.Sequential(
+            ConvModule(in_channels, c, 3, stride=2),
+            ConvModule(c, c, 3, stride=2),
+            pid_layer(c, c, stem),
+            nn.ReLU(),
+            pid_layer(c, 2 * c, stem, stride=2),
+            nn.ReLU(),
+        )
+        context = [
+            pid_layer(2 * c, 4 * c, num_branch_blocks, stride=2),
+            pid_layer(4 * c, 8 * c, num_branch_blocks, stride=2),
+            bottlenecks(8 * c, 8 * c, count=2, stride=2),
+        ]
+        details = [pid_layer(2 * c, 2 * c, stem) for _ in range(2)]
+        details.append(bottlenecks(2 * c, 2 * c))
+        d = c if light else 2 * c
+        boundaries = [
+            PIDBlock(2 * c, d, 1, relu=False),
+            bottlenecks(c, c) if light else PIDBlock(d, d, 1, relu=False),
+            bottlenecks(2 * c, 2 * c),
+        ]
+        self.i_branch_layers = nn.ModuleList(context)
+        self.p_branch_layers = nn.ModuleList(details)
+        self.d_branch_layers = nn.ModuleList(boundaries)
+        self.compression_1 = ConvModule(4 * c, 2 * c, act=None)
+        self.compression_2 = ConvModule(8 * c, 2 * c, act=None)
+        self.pag_1 = PagFM(2 * c, c)
+        self.pag_2 = PagFM(2 * c, c)
+        self.diff_1 = ConvModule(4 * c, d, 3, act=None)
+        self.diff_2 = ConvModule(8 * c, 2 * c, 3, act=None)
+        self.spp = DAPPM(16 * c, ppm_channels, 4 * c, parallel=light)
+        self.dfm = Bag(4 * c, light)
+        init_kaiming(self)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        def run_layer(layer: nn.Module, x: Tensor) -> Tensor:
+            return run_blocks([layer], x, self.with_cp)
+
+        # p, i and d are the proportional, integral and derivative branch.
+        x = run_blocks(self.stem, image, self.with_cp)  # (N, 2 * channels, H/8, W/8)
+        i = F.relu(run_layer(self.i_branch_layers[0], x))  # (N, 4 * channels, H/16, W/16)
+        proportional = self.pag_1(run_layer(self.p_branch_layers[0], x), self.compression_1(i))
+        d = run_layer(self.d_branch_layers[0], x)
+        d = d + resize(self.diff_1(i), d, self.align_corners)
+
+        i = F.relu(run_layer(self.i_branch_layers[1], i))  # (N, 8 * channels, H/32, W/32)
+        p = run_layer(self.p_branch_layers[1], F.relu(proportional))
+        p = self.pag_2(p, self.compression_2(i))
+        d = run_layer(self.d_branch_layers[1], F.relu(d))
+        derivative = d + resize(self.diff_2(i), d, self.align_corners)
+
+        i = self.spp(run_layer(self.i_branch_layers[2], i))  # (N, 4 * channels, H/64, W/64)
+        p = run_layer(self.p_branch_layers[2], F.relu(p))  # (N, 4 * channels, H/8, W/8)
+        d = run_layer(self.d_branch_layers[2], F.relu(derivative))
+        fused = self.dfm(p, resize(i, p, self.align_corners), d)
+        return [proportional, fused, derivative]
+
+
 BACKBONES = {
     "ResNet": ResNet,
     "ResNetV1c": ResNetV1c,
@@ -1617,6 +2328,9 @@ BACKBONES = {
     "MobileNetV2": MobileNetV2,
     "ConvNeXt": ConvNeXt,
     "SwinTransformer": SwinTransformer,
+    "VisionTransformer": VisionTransformer,
+    "UNet": UNet,
+    "PIDNet": PIDNet,
 }
 
 
@@ -1660,7 +2374,31 @@ class FPN(nn.Module):
         return [conv(x) for conv, x in zip(self.fpn_convs, maps)]
 
 
-NECKS = {"FPN": FPN}
+class Feature2Pyramid(nn.Module):
+    """Gives a plain ViT's four maps 4, 2, 1 and 0.5 times their size, for heads such as UPerHead.
+
+    As in BEiT (https://arxiv.org/abs/2106.08254).
+    """
+
+    FIXED = {"rescales": [[4, 2, 1, 0.5]]}
+
+    def __init__(self, *, embed_dim: int):
+        super().__init__()
+        c = embed_dim
+        self.upsample_4x = nn.Sequential(
+            nn.ConvTranspose2d(c, c, 2, 2),
+            nn.BatchNorm2d(c),
+            nn.GELU(),
+            nn.ConvTranspose2d(c, c, 2, 2),
+        )
+        self.upsample_2x = nn.Sequential(nn.ConvTranspose2d(c, c, 2, 2))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:  # (N, embed_dim, h, w) each
+        a, b, c, d = features
+        return [self.upsample_4x(a), self.upsample_2x(b), c, F.max_pool2d(d, 2)]
+
+
+NECKS = {c.__name__: c for c in (FPN, Feature2Pyramid)}
 
 
 # ---------- Heads: list of feature maps -> {part: logits (N, out_channels, h, w)}, prediction first
@@ -2410,6 +3148,185 @@ class PSAHead(DecodeHead):
         return self.bottleneck(torch.cat([x, y], 1))
 
 
+class ResidualConvUnit(nn.Module):
+    """Two convolutions, each between ReLU and BN, beside a shortcut."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = ConvModule(channels, channels, 3, act=None)
+        self.conv2 = ConvModule(channels, channels, 3, act=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class FeatureFusionBlock(nn.Module):
+    """Adds a finer map, refines the sum and doubles its size."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.project = ConvModule(channels, channels, norm=False, act=None)
+        self.res_conv_unit1 = ResidualConvUnit(channels)
+        self.res_conv_unit2 = ResidualConvUnit(channels)
+
+    def forward(self, x: Tensor, finer: Tensor | None = None) -> Tensor:  # (N, channels, h, w)
+        if finer is not None:
+            x = x + self.res_conv_unit1(resize(finer, x, align_corners=False))
+        x = self.res_conv_unit2(x)
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        return self.project(x)
+
+
+class DPTHead(DecodeHead):
+    """Vision Transformers for Dense Prediction (https://arxiv.org/abs/2103.13413).
+
+    A ViT's four maps (N, embed_dims, h, w) get `post_process_channels` and 4, 2, 1 and 0.5 times
+    the size, and are merged from the coarsest on; the logits have about 8 times the size.
+    """
+
+    input_transform = "multiple_select"
+    FIXED = {
+        "readout_type": ["ignore"],
+        "expand_channels": [False],
+        "patch_size": [16, 14, 8],  # the backbone's, on which nothing here depends
+    }
+
+    def __init__(
+        self,
+        *,
+        embed_dims: int | None = None,
+        post_process_channels: list[int] = (96, 192, 384, 768),
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        widths = post_process_channels
+        if not len(self.in_channels) == len(widths) == 4:
+            raise UserError("in_channels and post_process_channels need four values each")
+        if embed_dims is not None and set(self.in_channels) != {embed_dims}:
+            raise UserError(f"in_channels is {self.in_channels}, but embed_dims is {embed_dims}")
+        self.reassemble_blocks = nn.Module()
+        self.reassemble_blocks.projects = nn.ModuleList(
+            ConvModule(i, o, norm=False, act=None) for i, o in zip(self.in_channels, widths)
+        )
+        self.reassemble_blocks.resize_layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(widths[0], widths[0], 4, 4),
+                nn.ConvTranspose2d(widths[1], widths[1], 2, 2),
+                nn.Identity(),
+                nn.Conv2d(widths[3], widths[3], 3, 2, 1),
+            ]
+        )
+        self.convs = nn.ModuleList()
+        for width in widths:
+            layer = ConvModule(width, self.channels, 3, norm=False, act=None)
+            layer.conv.bias = None
+            self.convs.append(layer)
+        self.fusion_blocks = nn.ModuleList(FeatureFusionBlock(self.channels) for _ in widths)
+        self.fusion_blocks[0].res_conv_unit1 = None  # there is no finer map to add
+        self.project = ConvModule(self.channels, self.channels, 3)
+
+    def decode(self, xs: list[Tensor]) -> Tensor:
+        projects = self.reassemble_blocks.projects
+        rescales = self.reassemble_blocks.resize_layers
+        maps = []  # (N, channels, 4h, 4w), (2h, 2w), (h, w), (h/2, w/2)
+        for x, project, rescale, conv in zip(xs, projects, rescales, self.convs, strict=True):
+            maps.append(conv(rescale(project(x))))
+        x = self.fusion_blocks[0](maps.pop())
+        for fuse in self.fusion_blocks[1:]:
+            x = fuse(x, maps.pop())
+        return self.project(x)
+
+
+class BNHead(DecodeHead):
+    """The linear probe that DINOv2 and DINOv3 measure frozen backbones by: BN and `conv_seg`.
+
+    `channels` is in_channels, their sum with input_transform "resize_concat".
+    """
+
+    FIXED = {"resize_factors": [None]}
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.in_channels != self.channels:
+            raise UserError(f"channels is {self.channels}; it has to be {self.in_channels} here")
+        self.bn = nn.BatchNorm2d(self.channels)
+
+    def decode(self, x: Tensor) -> Tensor:  # (N, channels, h, w)
+        return self.bn(x)
+
+
+def label_edges(label: Tensor, width: int) -> Tensor:
+    """1 where two classes of label (N, H, W) meet, `width` pixels wide, else 0: (N, H, W).
+
+    As MMSegmentation's GenerateEdge draws them: no edge where a class meets ignored pixels.
+    """
+    h, w = label.shape[1:]
+    padded = F.pad(label, (1, 1, 1, 1), value=IGNORE)
+    edges = torch.zeros_like(label, dtype=torch.bool)
+    for down, right in ((-1, 0), (0, 1), (1, 1), (1, -1)):
+        neighbor = padded[:, 1 + down : 1 + down + h, 1 + right : 1 + right + w]
+        edges |= (label != neighbor) & (label != IGNORE) & (neighbor != IGNORE)
+    before = width // 2
+    after = width - 1 - before
+    return F.max_pool2d(F.pad(edges.float(), (before, after, before, after)), width, 1)
+
+
+class PIDHead(DecodeHead):
+    """PIDNet's three heads (https://arxiv.org/abs/2206.02066).
+
+    The fused map of `in_channels` gives the prediction. For the losses alone, the proportional map
+    gives classes too, and the derivative map edges, which `label_edges` draws `edge_width` wide.
+    `loss_decode`: four losses, logged as loss_sem_p (the proportional map's classes), loss_sem_i
+    (the fused map's), loss_bd (edges) and loss_sem_bd (the fused map's classes at those pixels that
+    are predicted to be an edge with a probability above 0.8).
+    """
+
+    def __init__(self, *, edge_width: int = 4, **kwargs):
+        super().__init__(**kwargs)
+        if len(self.loss_decode) != 4 or self.sampler or edge_width < 1:
+            raise UserError(
+                f"loss_decode needs four losses, not {len(self.loss_decode)}, without a sampler, "
+                f"and edge_width has to be 1 or more, not {edge_width}"
+            )
+        self.edge_width = edge_width
+        c = self.in_channels
+        self.i_head = self.branch(c, self.channels)
+        self.p_head = self.branch(c // 2, self.channels)
+        self.d_head = self.branch(c // 2, c // 4)
+        self.p_cls_seg = nn.Conv2d(self.channels, self.out_channels, 1)
+        self.d_cls_seg = nn.Conv2d(c // 4, 1, 1)
+        init_kaiming(self)
+
+    @staticmethod
+    def branch(in_channels: int, channels: int) -> nn.Sequential:
+        branch = nn.Sequential()
+        branch.add_module("conv", PreActConv(in_channels, channels, 3))
+        branch.add_module("norm", nn.BatchNorm2d(channels))
+        branch.add_module("act", nn.ReLU(inplace=True))
+        return branch
+
+    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+        p, fused, d = features
+        return {"": self.conv_seg(self.dropout(self.i_head(fused))), "p": p, "d": d}
+
+    def loss(self, outputs, label, normalizers=None):
+        # Only the losses need the heads of the other two maps.
+        p_logits = self.p_cls_seg(self.p_head(outputs["p"]))
+        d_logits = self.d_cls_seg(self.d_head(outputs["d"]))  # (N, 1, h, w)
+        edges = label_edges(label, self.edge_width)
+        predicted = resize(upcast(d_logits), label.unsqueeze(1), self.align_corners).sigmoid()
+        label_at_edges = torch.where(predicted[:, 0] > 0.8, label, IGNORE)
+        sem_p, sem_i, bd, sem_bd = self.loss_decode
+        if normalizers is None:
+            normalizers = [None] * 4
+        return {
+            "loss_sem_p": sem_p(p_logits, label, self.align_corners, None, normalizers[0]),
+            "loss_sem_i": sem_i(outputs[""], label, self.align_corners, None, normalizers[1]),
+            "loss_bd": bd(d_logits, edges, self.align_corners),
+            "loss_sem_bd": sem_bd(outputs[""], label_at_edges, self.align_corners),
+        }
+
+
 HEADS = {
     c.__name__: c
     for c in (
@@ -2428,6 +3345,9 @@ HEADS = {
         ANNHead,
         OCRHead,
         PSAHead,
+        DPTHead,
+        BNHead,
+        PIDHead,
     )
 }
 
@@ -2536,7 +3456,7 @@ class Segmentor(nn.Module):
         """The losses and samplers that compare the images of a forward pass with each other."""
         parts = []
         for module in self.modules():
-            if isinstance(module, Loss) and module.whole_batch:
+            if isinstance(module, Loss) and module.depends_on_batch:
                 parts.append(module)
             if isinstance(module, DecodeHead) and module.sampler is not None:
                 parts.append(module.sampler)
@@ -2632,11 +3552,15 @@ def window_starts(size, window, stride):
 def compiled(network: nn.Module, **options) -> nn.Module:
     """torch.compile(network, **options), except for the losses, which call autograd themselves.
 
-    With `with_cp`, the compiler itself chooses the activations to recompute, within a memory budget
-    on a scale from 0, recompute all that it can, to 1, recompute nothing that takes time.
+    Before torch 2.14, synchronized batch norm is left out too. With `with_cp`, the compiler itself
+    chooses the activations to recompute, within a memory budget on a scale from 0, recompute all
+    that it can, to 1, recompute nothing that takes time.
     """
+    # torch 2.11 compiles synchronized batch norm to a gradient of 0; 2.14 gets it right.
+    is_old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14)
     for module in network.modules():
-        if isinstance(module, Loss):
+        is_left_out = is_old and isinstance(module, dist_utils.SyncBatchNorm)
+        if isinstance(module, Loss) or is_left_out:
             # Not as a decorator, with which `import models` would import the slow compiler.
             module.forward = torch.compiler.disable(module.forward)
         if getattr(module, "with_cp", False):

@@ -1022,6 +1022,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         torch.backends.cudnn.benchmark = was_tuning
 
 
+def is_quiet() -> bool:
+    """Whether to show no progress bars: on other ranks than 0, and without a terminal."""
+    return dist_utils.rank() > 0 or not sys.stderr.isatty()
+
+
 def predict_logits(
     model: Segmentor, image: Tensor, size: tuple[int, int], settings: Evaluation, augment: bool
 ) -> Tensor:
@@ -1071,10 +1076,9 @@ def evaluate(
         settings.scale,
         settings.batch_size if settings.mode == "whole" else 1,
     )
-    is_quiet = dist_utils.rank() > 0 or not sys.stderr.isatty()
     # One autocast around the loop keeps the weights that it has cast.
     with evaluation_mode(model), autocast():
-        for batch in tqdm(batches, "evaluate", leave=False, disable=is_quiet):
+        for batch in tqdm(batches, "evaluate", leave=False, disable=is_quiet()):
             if interrupted():
                 is_interrupted += 1
                 break
@@ -1533,7 +1537,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> str: 
     with (
         contextlib.closing(batches),
         dist_utils.StopSignal() as stop,
-        tqdm(total=max_iters, initial=start, disable=rank > 0 or not sys.stderr.isatty()) as bar,
+        tqdm(total=max_iters, initial=start, disable=is_quiet()) as bar,
     ):
 
         def validate_and_save(validation_is_due: bool, checkpoint_is_due: bool) -> None:

@@ -54,8 +54,6 @@ VARIABLES = """
     norm_cfg backbone_norm_cfg dataset_type data_root crop_size img_scale train_pipeline metainfo
     test_pipeline dataset_train dataset_aug optimizer checkpoint checkpoint_file class_weight iters
 """.split()
-# What models.py is about to have under MMSegmentation's names.
-EXPECTED = ("UNet", "PIDNet", "PIDHead", "OhemCrossEntropy", "BoundaryLoss")
 
 # The steps of pipelines in the order of data.py, with what data.py does for keys that it does not
 # have. In these and all lists of values for expect(), None stands for a missing key.
@@ -306,7 +304,7 @@ def convert_model(section: Section, gpus: int) -> dict:
 def refuse_unknown_types(model: dict) -> None:
     """Raises UserError with everything that models.py lacks."""
     known = {"EncoderDecoder", "CascadeEncoderDecoder", *models.BACKBONES, *models.NECKS}
-    known |= {*models.HEADS, *models.LOSSES, *models.SAMPLERS, *EXPECTED}
+    known |= {*models.HEADS, *models.LOSSES, *models.SAMPLERS}
     lacking = []
     for place, name in leaves(model, "model"):
         if not place.endswith(".type") or "_cfg." in place:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from test_fake_cuda import BINARY_LOSSES, CONFIGS, LOSSES, SAMPLERS, distinct, model_section
 from torch import Tensor, nn
@@ -146,8 +147,8 @@ def train_step(
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    image = torch.randn(2, model.in_channels, 96, 96)
-    label = torch.randint(0, model.num_classes, (2, 96, 96), dtype=torch.uint8)
+    image = torch.randn(4, model.in_channels, 96, 96)
+    label = torch.randint(0, model.num_classes, (4, 96, 96), dtype=torch.uint8)
     label[:, :8] = data.IGNORE
     model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
     found = model(image.to(device, dtype), label.to(device))
@@ -156,6 +157,14 @@ def train_step(
     for name, parameter in model.named_parameters():
         gradients[name] = parameter.grad.double().cpu()
     return {name: loss.detach().double().cpu() for name, loss in found.items()}, gradients
+
+
+@pytest.fixture
+def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces functions with kinks, where one rounding makes a gradient jump."""
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.silu(x))
+    monkeypatch.setattr(F, "hardtanh", lambda x, *limits: F.silu(x))  # ReLU6
+    monkeypatch.setattr(F, "max_pool2d", lambda x, *sizes, **options: F.avg_pool2d(x, *sizes[:3]))
 
 
 def relative_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
@@ -178,7 +187,7 @@ def assert_as_exact(
 
 
 @pytest.mark.parametrize("name", distinct(CONFIGS))
-def test_losses_and_gradients_are_those_of_the_cpu(name):
+def test_losses_and_gradients_are_those_of_the_cpu(name, smooth):
     section = model_section(name)
     exact = train_step(section, CPU, torch.float64)
     on_cpu = train_step(section, CPU, torch.float32)
@@ -305,7 +314,7 @@ def test_deterministic_runs_are_equal(name, tmp_path):
     for work_dir in ("a", "b"):
         config = small(name, tmp_path / work_dir, deterministic=True)
         run_here(config)
-        results.append((checkpoint(config)["state_dict"], losses(config).tolist()))
+        results.append([checkpoint(config)["state_dict"], losses(config).tolist()])
     assert_same(*results)
 
 
@@ -343,7 +352,8 @@ def test_two_processes_are_like_one(tiny, run, tmp_path, changes):
     config = change(without_dropout(tiny), CHANGES[changes])
     run_here(config)
     parallel = config | {"work_dir": str(tmp_path / "parallel")}
-    run(parallel, world_size=2, env=GLOO)
+    process = run(parallel, world_size=2, env=GLOO, started=True)
+    assert process.wait(400) == [0, 0], process.output()  # compiling takes minutes on few cores
     torch.testing.assert_close(losses(parallel), losses(config), rtol=1e-3, atol=0)
     for name, expected in checkpoint(config)["state_dict"].items():
         found = checkpoint(parallel)["state_dict"][name]

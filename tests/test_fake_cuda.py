@@ -312,7 +312,7 @@ def test_prepare(cuda, photometric, padded):
 
 
 def test_a_tensor_on_the_wrong_device_fails(cuda):
-    with pytest.raises(RuntimeError, match="cuda:0 and cpu"):
+    with pytest.raises(RuntimeError, match="cuda:0.*cpu"):
         torch.empty(4, device=cuda) + torch.arange(4)
 
 
@@ -323,6 +323,7 @@ def test_waiting_for_a_value_fails(cuda):
     with pytest.raises(fake_tensor.DataDependentOutputException):
         x.sum().item()
     with pytest.raises(AssertionError, match="the host waits"), NoWaitingCopies():
-        torch.tensor([1.0, 2.0], device=cuda)
-    with pytest.raises(AssertionError, match="the host waits"), NoWaitingCopies():
         x.cpu()
+    if not torch.cuda.is_available():  # else torch creates this one directly on the GPU
+        with pytest.raises(AssertionError, match="the host waits"), NoWaitingCopies():
+            torch.tensor([1.0, 2.0], device=cuda)
