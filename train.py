@@ -1180,7 +1180,9 @@ class StepTimer:
         return (time.perf_counter() - self.began) / self.steps, self.data_wait / self.steps
 
 
-def warm_up(state: TrainState, net: nn.Module, data: Data, autocast: Callable) -> None:
+def warm_up(
+    state: TrainState, net: nn.Module, data: Data, autocast: Callable, run_dir: RunDir
+) -> None:
     """With several processes, runs one forward and backward pass that leaves no trace.
 
     DDP's first backward pass reduces gradients in buckets that follow the order of the parameters.
@@ -1201,6 +1203,7 @@ def warm_up(state: TrainState, net: nn.Module, data: Data, autocast: Callable) -
     with autocast():
         losses = net(image.contiguous(memory_format=torch.channels_last), label, normalizers)
     sum(losses.values()).backward()
+    check_gradients(state.model, run_dir)
     state.model.zero_grad(set_to_none=True)
     for buffer, saved in zip(state.model.buffers(), buffers):
         buffer.copy_(saved)
@@ -1555,7 +1558,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> str: 
         # A signal interrupted the validation that was due when the checkpoint was saved.
         if not state.validated:
             validate_and_save(validation_is_due=True, checkpoint_is_due=False)
-        warm_up(state, net, data, autocast)
+        warm_up(state, net, data, autocast, run_dir)
         timer = StepTimer()
         stopping = not state.validated
         while state.iteration < max_iters and not stopping:
