@@ -3407,6 +3407,10 @@ class Segmentor(nn.Module):
         if self.neck is not None:
             features = self.neck(features)
         losses = {}
+        is_alone = dist_utils.world_size() == 1
+        if label is not None and normalizers is None and self.training and not is_alone:
+            # The caller has one micro-batch. The dry run has no values to exchange.
+            normalizers = None if label.is_meta else self.normalizers([label])
 
         def add_losses(name, head, outputs):
             if normalizers is None:

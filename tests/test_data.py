@@ -176,7 +176,7 @@ def test_crop_equals_scaling_the_whole_and_cropping(kind):
 
 
 def test_span_begins_where_source_and_scaled_pixels_meet():
-    """Within 1/1024 of a pixel, whatever the ratio."""
+    """They meet within 1/1024 of a pixel, whatever the ratio."""
     rng = np.random.default_rng(2)
     for _ in range(2000):
         size = draw(rng, 1, 2999)
@@ -282,7 +282,7 @@ def test_flip_turns_image_and_label_together(folder):
 
 
 def distort_pixel(pixel: list[float], color: list[float]) -> list[float]:
-    """MMSegmentation's steps on one pixel, by colorsys."""
+    """Applies MMSegmentation's steps to one pixel, using colorsys."""
 
     def clip(values) -> list[float]:
         return [min(max(v, 0.0), 255.0) for v in values]
@@ -367,7 +367,7 @@ def test_normalization_without_color_distortion_is_exact(folder):
 def test_samples_depend_on_the_seed_and_position_alone(
     folder, workers, world_size, accumulate, start
 ):
-    """Not on workers, processes, micro-batches or the iteration that a run starts from."""
+    """Workers, processes, micro-batches and the starting iteration change nothing."""
     folder["batch_size"] = 8
     whole = take(Data(**folder, seed=3).train_batches(), 3)
     positions = torch.cat([batch["sample_index"] for batch in whole])
@@ -694,7 +694,7 @@ def test_wrong_number_of_channels(folder):
 
 
 def test_killed_worker_is_reported(folder):
-    """In a separate process, because a signal handler raises the error wherever that process is."""
+    """Runs in a new process, because a signal handler raises the error wherever the process is."""
     program = f"""
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -834,7 +834,7 @@ def test_cache_that_cannot_be_written(folder, tmp_path):
 
 
 def test_memory_is_flat(cached):
-    """Over 10,000 samples from the cache, not counting pages of mapped files."""
+    """Measured over 10,000 samples from the cache, without the pages of mapped files."""
 
     def own_memory() -> int:
         _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()

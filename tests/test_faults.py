@@ -74,7 +74,7 @@ def places(node: object, place: tuple = ()) -> list[tuple]:
 
 
 def section_of(config: dict, place: tuple) -> dict | list:
-    """What holds the last key of `place`."""
+    """The dict or list that holds the last key of `place`."""
     section = config
     for key in place[:-1]:
         section = section[key]
@@ -198,7 +198,7 @@ def folder_of_images(root: Path, count: int = 4) -> dict:
 
 @pytest.fixture
 def on_folder(tiny, tmp_path) -> dict:
-    """The tiny config on images in files."""
+    """The tiny config with images in files as its data set."""
     tiny["data"] = folder_of_images(tmp_path / "set")
     set_in_heads(tiny, num_classes=3)
     return tiny
@@ -241,7 +241,7 @@ def truncate_image(root: Path) -> None:
     ],
 )
 def test_faults_in_the_data_are_named_before_training(on_folder, run, tmp_path, damage, parts):
-    """By the command; test_data.py has more of them."""
+    """The command prints them; test_data.py covers more of them."""
     damage(tmp_path / "set")
     output = failing(run, on_folder)
     for part in parts:
@@ -353,7 +353,7 @@ def test_resume_with_another_optimizer(finished, run):
 
 
 class HistoryBuffer:
-    """Stands in for mmengine's class."""
+    """Stands in for mmengine's class of this name."""
 
     def mean(self): ...
 
@@ -408,7 +408,7 @@ def test_auto_falls_back_to_the_last_good_checkpoint(straight, finished, run, da
 
 
 def test_flipped_bit_is_noticed_or_without_effect(straight, tmp_path):
-    """At 300 places all over the file; a bit without effect was in padding."""
+    """Flips bits all over the file; only those in padding may have no effect."""
     whole = (Path(straight["work_dir"]) / "latest.pth").read_bytes()
     good = checkpoint(straight)
     path = tmp_path / "flipped.pth"
@@ -568,7 +568,7 @@ def test_update_that_breaks_the_weights_is_named(tiny, run):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny, run):
-    """After iteration 0, whose loss was finite."""
+    """The loss of iteration 0 is finite, but the weights after it are not."""
     tiny["optimizer"] = {"type": "SGD", "lr": 1e39}
     tiny["checkpoint"]["interval"] = 1
     output = failing(run, tiny, "--no-validate")
@@ -578,7 +578,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, run):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_unused_parameters_are_named_at_the_first_step(tiny, run, world_size):
-    """A warning on one process, an error on several, which average gradients."""
+    """One process warns; for several, which average gradients, it is an error."""
     # Neither head reads the fourth stage.
     tiny["model"]["decode_head"] = dict(tiny["model"]["auxiliary_head"], channels=16)
     expect = 0 if world_size == 1 else 1
@@ -648,7 +648,7 @@ def wait_for_a_save(folder: Path, process: Run) -> None:
 
 @pytest.mark.parametrize("number", range(KILLS))
 def test_killed_at_any_moment(run, undisturbed, tmp_path, number):
-    """All or one of the processes, at a random time or during a save; resumed until it is done."""
+    """Kills all or one of the processes, at a random time or during a save, and resumes."""
     dice = random.Random(number)
     world_size = 1 + number % 2
     straight, seconds = undisturbed(world_size)
@@ -728,7 +728,7 @@ def mutate(config: dict, dice: random.Random) -> tuple[dict, list[str]]:
 
 
 def test_random_config_is_a_run_or_a_clear_error(tiny, tmp_path, monkeypatch):
-    """Each either trains for one iteration or raises an error that the user can fix."""
+    """Each config trains for one iteration or raises an error that the user can fix."""
     monkeypatch.chdir(tmp_path)
     refused = 0
     ran = 0
@@ -769,7 +769,7 @@ def resources(process: Run) -> dict[int, tuple[int, int]]:
 
 
 def test_long_run(tiny, run):
-    """Stopped three times; memory and open files stay flat, and no line is lost or doubled."""
+    """A run that is stopped three times keeps memory and open files flat and its logs whole."""
     tiny["schedule"]["max_iters"] = LONG
     tiny["data"] |= {"workers": 1, "length": 97}
     tiny["model"] = WITHOUT_BATCH_NORM

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def published_configs() -> list[Path]:
 
 @pytest.mark.parametrize("path", published_configs(), ids=lambda path: path.stem)
 def test_config_holds_the_published_model(path: Path):
-    """Including strides, dilations and channels, which the keys of a checkpoint do not show."""
+    """This includes strides, dilations and channels, which checkpoint keys do not show."""
     name = path.stem.rsplit("_", 3)[0]
     config = json.loads(path.read_text())
     described = json.loads((PARITY / f"{name}.json").read_text())
@@ -207,7 +208,7 @@ def losses_and_gradients(model: nn.Module, image: Tensor, label: Tensor) -> dict
 
 @pytest.mark.parametrize("name", SMALL)
 def test_activation_checkpointing_changes_nothing(name: str):
-    """Losses, gradients and running statistics, with dropout and stochastic depth."""
+    """Losses, gradients and running statistics stay the same, with dropout and DropPath."""
     plain = small_model(name)
     checkpointed = small_model(name, with_cp=True)
     assert checkpointed.backbone.with_cp
@@ -396,7 +397,7 @@ def focal(full: Tensor, label: Tensor) -> Tensor:
 
 
 def lovasz_extension(errors: Tensor, truth: Tensor) -> float:
-    """By definition: falling errors, each times what its pixel adds to the Jaccard loss."""
+    """The definition: sorted errors, each times the increase of the Jaccard loss there."""
     truth = truth.int().tolist()
     pairs = sorted(zip(errors.tolist(), truth), reverse=True)
     positive = sum(truth)
@@ -465,7 +466,7 @@ LOSSES = {
 @pytest.mark.parametrize("chunk", [1, 2**25])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_by_hand(name: str, chunk: int, monkeypatch):
-    """Value and gradient, one image at a time and all at once; ignored pixels have no gradient."""
+    """Checks value and gradient, which is zero at ignored pixels, in chunks and at once."""
     monkeypatch.setattr(models, "CHUNK", chunk)
     kind, options, reference = LOSSES[name]
     if name == "lovasz hinge":
@@ -495,7 +496,7 @@ def probability_of_label(full: Tensor, label: Tensor) -> Tensor:
 
 
 def test_ohem_keeps_hard_pixels():
-    """All pixels below the threshold, but at least min_kept an image."""
+    """It keeps all pixels below the threshold, but at least min_kept of each image."""
 
     def sample(label: Tensor, **options) -> Tensor:
         sampler = models.OHEMPixelSampler(**options)
@@ -636,6 +637,15 @@ def uneven_batch() -> tuple[Tensor, Tensor]:
     return torch.cat([logits, logits])[:4].detach(), label
 
 
+def global_normalizer(criterion: nn.Module, logits: Tensor, label: Tensor) -> Tensor:
+    """That of a network whose only head has this one loss."""
+    head = SimpleNamespace(loss_decode=[criterion], out_channels=logits.shape[1])
+    network = SimpleNamespace(
+        decode_head=head, auxiliary_head=None, named_heads=models.Segmentor.named_heads
+    )
+    return models.Segmentor.normalizers(network, [label])["decode"][0]
+
+
 def check_half_of_the_batch(rank: int, path: str, expected: Tensor) -> None:
     """One of two processes; the average of their gradients is that of the whole batch."""
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
@@ -643,7 +653,9 @@ def check_half_of_the_batch(rank: int, path: str, expected: Tensor) -> None:
     half = logits[rank::2].clone().requires_grad_()
     half_label = label[rank::2]
     for options in NORMALIZED:
-        make_loss("CrossEntropyLoss", **options)(half, half_label).backward()
+        criterion = make_loss("CrossEntropyLoss", **options)
+        normalizer = global_normalizer(criterion, half, half_label)
+        criterion(half, half_label, normalizer=normalizer).backward()
     mean = half.grad / 2
     assert torch.allclose(mean, expected[rank::2], rtol=1e-12)
 
@@ -671,7 +683,7 @@ def test_loss_is_normalized_over_all_processes(tmp_path: Path):
 
 
 def randomize(network: nn.Module) -> nn.Module:
-    """Values with which batch norm, layer scale and position biases take part."""
+    """Sets values with which batch norm, layer scale and position biases matter."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)

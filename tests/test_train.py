@@ -122,7 +122,7 @@ def test_resume_on_another_number_of_processes(tiny, run):
 
 
 def test_compiled_model_trains_like_the_plain_one(tiny, run):
-    """With DDP, SyncBN and activation checkpointing, also when it is resumed at iteration 3.
+    """This holds with DDP, SyncBN and activation checkpointing, and after a resume.
 
     That the weights and the running statistics are equal shows that the recomputation does not
     update the statistics a second time.
@@ -399,7 +399,7 @@ def test_files_of_a_run(tiny, run):
 
 @pytest.mark.parametrize("name", ["pspnet_r18b-d8", "segformer_mit-b0"])
 def test_six_steps_of_mmsegmentation(name):
-    """Its parameter groups, learning rates and losses come out of ours."""
+    """Our optimizer and schedule reproduce its parameter groups, learning rates and losses."""
     model = parity_model(name)
     reference = json.loads((PARITY / f"{name}.trajectory.json").read_text())
     wrapper = reference["optim_wrapper"]
