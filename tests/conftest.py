@@ -269,7 +269,9 @@ def sibling(config: dict, name: str) -> dict:
 def metrics(config: dict, mode: str = "train") -> list[dict]:
     """The lines of metrics.jsonl of one mode, without times and memory, which vary."""
     found = []
-    for text in (Path(config["work_dir"]) / "metrics.jsonl").read_text().splitlines():
+    content = (Path(config["work_dir"]) / "metrics.jsonl").read_text()
+    complete = content[: content.rfind("\n") + 1]  # a run may be writing the last line
+    for text in complete.splitlines():
         line = json.loads(text)
         if line["mode"] == mode:
             for key in ("time", "data_time", "memory"):
