@@ -351,13 +351,13 @@ def finished(straight: dict, tiny: dict) -> dict:
 # ------------------------------------------------------- Reference numbers: see parity/README.md
 
 
-def _normal(key: str, shape: tuple) -> np.ndarray:
+def parity_normal(key: str, shape: tuple) -> np.ndarray:
     return np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
 
 
 def parity_tensor(key: str, shape: tuple) -> Tensor:
     """The entry of a checkpoint, filled in by the rule of parity/README.md."""
-    n = _normal(key, shape)
+    n = parity_normal(key, shape)
     name = key.rsplit(".", 1)[-1]
     if name == "running_var":
         n = 1 + 0.1 * np.abs(n)
@@ -371,7 +371,7 @@ def parity_tensor(key: str, shape: tuple) -> Tensor:
 
 
 def parity_image(key: str = "input") -> Tensor:
-    return torch.as_tensor(_normal(key, (2, 3, 97, 129)))
+    return torch.as_tensor(parity_normal(key, (2, 3, 97, 129)))
 
 
 def parity_label(num_classes: int, key: str = "labels") -> Tensor:

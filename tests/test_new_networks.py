@@ -2,7 +2,6 @@
 settings that must not change the numbers, and losses by hand."""
 
 import json
-import math
 import zlib
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import PARITY, parity_normal, parity_tensor, without_dropout
 from torch import Tensor, nn
 
 import models
 
-PARITY = Path(__file__).parent / "parity"
 VITS = ["dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16"]
 
 
@@ -25,30 +24,6 @@ def seeded():
 
 
 # ------------------------------------------------------------------------------ Reference numbers
-def normal(key: str, shape: tuple) -> np.ndarray:
-    return np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
-
-
-def filled(key: str, shape: list[int]) -> Tensor:
-    """A checkpoint's entry, by the rule that tests/parity/README.md states."""
-    n = normal(key, tuple(shape))
-    name = key.rsplit(".", 1)[-1]
-    if name == "running_var":
-        n = 1 + 0.1 * abs(n)
-    elif name in ("running_mean", "bias"):
-        n = 0.1 * n
-    elif len(shape) >= 2:
-        n = n / math.sqrt(math.prod(shape[1:]))
-    else:
-        n = 1 + 0.1 * n
-    return torch.as_tensor(n)
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for m in model.modules():
-        if isinstance(m, nn.modules.dropout._DropoutNd):
-            m.p = 0.0
-    return model
 
 
 def fill(model: nn.Module, described: dict) -> nn.Module:
@@ -65,7 +40,7 @@ def fill(model: nn.Module, described: dict) -> nn.Module:
         elif mark:
             state[key] = model.state_dict()[key]
         else:
-            state[key] = filled(key, shape)
+            state[key] = parity_tensor(key, tuple(shape))
         assert list(state[key].shape) == shape
     model.load_state_dict(state, strict=True)
     return model
@@ -92,7 +67,7 @@ def test_vit_parity(arch: str):
     with torch.device("meta"):  # random initial weights would take longer than all the rest
         net = models.VisionTransformer(arch=arch)
     net = fill(net.to_empty(device="cpu"), described).train()
-    maps = net(torch.as_tensor(normal("input", (2, 3, *described["size"]))))
+    maps = net(torch.as_tensor(parity_normal("input", (2, 3, *described["size"]))))
     assert net.out_indices == [2, 5, 8, 11]
     assert all(close(x, expected[f"map_{i}"]) for i, x in zip(net.out_indices, maps))
     sum(x.square().mean() for x in maps).backward()
@@ -102,7 +77,7 @@ def test_vit_parity(arch: str):
 def test_dpt_parity():
     described, expected = reference("dpt_head")
     head = fill(models.construct(models.HEADS, described["head"], "head"), described)
-    maps = [torch.as_tensor(normal(f"map{i}", (2, 384, 6, 9))) for i in range(4)]
+    maps = [torch.as_tensor(parity_normal(f"map{i}", (2, 384, 6, 9))) for i in range(4)]
     assert close(head.eval()(maps)[""], expected["logits"])
     head.train()(maps)[""].square().mean().backward()
     assert gradient_norm(head) == pytest.approx(float(expected["grad_norm"]), rel=1e-8)
@@ -113,7 +88,7 @@ def test_segmentor_parity(name: str):
     described, expected = reference(name)
     model = fill(models.build_model(described["model"]), described)
     size = (2, *described["size"])
-    image = torch.as_tensor(normal("input", (2, 3, *described["size"])))
+    image = torch.as_tensor(parity_normal("input", (2, 3, *described["size"])))
     with torch.no_grad():
         assert close(model.eval()(image), expected["logits"])
     if "label" in expected:
