@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, assert_same, checkpoint
 from test_fake_cuda import BINARY_LOSSES, CONFIGS, LOSSES, SAMPLERS, distinct, model_section
 from torch import Tensor, nn
 
@@ -91,27 +91,6 @@ def lines(config: dict, mode: str) -> list[dict]:
 def losses(config: dict) -> Tensor:
     """The loss of every iteration."""
     return torch.tensor([line["loss"] for line in lines(config, "train")], dtype=torch.float64)
-
-
-def checkpoint(config: dict, name: str = "latest.pth") -> dict:
-    return torch.load(Path(config["work_dir"]) / name, weights_only=True)
-
-
-def assert_same(a: object, b: object, place: str = "") -> None:
-    """Equal bit for bit, including tensors in nested dicts and lists."""
-    assert type(a) is type(b), place
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), place
-        for key in a:
-            assert_same(a[key], b[key], f"{place}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), place
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{place}[{i}]")
-    elif isinstance(a, Tensor):
-        assert torch.equal(a, b), place
-    else:
-        assert a == b, place
 
 
 def without_dropout(config: dict) -> dict:
