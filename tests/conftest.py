@@ -4,6 +4,7 @@ Runs are forked from a server process that has already imported torch, which sav
 """
 
 import copy
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -37,6 +38,19 @@ def skip(reason: str) -> None:
     if os.environ.get("REQUIRE_ALL"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "optional(*packages): needs packages that requirements.txt does not list"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("optional"):
+        for package in marker.args:
+            if importlib.util.find_spec(package) is None:
+                skip(f"the package {package} is not installed")
 
 
 # -------------------------------------------------------------------------------------------- Runs
