@@ -233,8 +233,8 @@ class Folder:
     ignore_index: the value, or list of values, to ignore. 255 is always ignored, unless it is one
         of `values`.
     reduce_zero_label: ignore 0 and read class c from the value c + 1.
-    values: the value of each class in the files. Default: its index. [0, 255] reads a black and
-        white mask.
+    values: the value, or the list of values, of each class in the files. Default: its index.
+        [0, 255] reads a black and white mask.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class Folder:
         palette: list[list[int]] | None = None,
         ignore_index: int | list[int] = 255,
         reduce_zero_label: bool = False,
-        values: list[int] | None = None,
+        values: list[int | list[int]] | None = None,
         in_channels: int = 3,
     ):
         if palette is None:
@@ -269,7 +269,7 @@ class Folder:
         self.root = os.path.abspath(root)
         self.classes = list(classes)
         self.palette = palette
-        self.values = values
+        self.values = flatten(values)
         self.in_channels = in_channels
         self.table = class_table(values, ignore_index, reduce_zero_label)
         images = images.replace("{split}", split)
@@ -449,25 +449,36 @@ def voc_palette(count: int) -> list[list[int]]:
     return palette.tolist()
 
 
+def flatten(values: list[int | list[int]]) -> list[int]:
+    """The values of all classes, one after another."""
+    flat = []
+    for value in values:
+        flat += [value] if isinstance(value, int) else value
+    return flat
+
+
 def class_table(
-    values: list[int], ignore_index: int | list[int], reduce_zero_label: bool
+    values: list[int | list[int]], ignore_index: int | list[int], reduce_zero_label: bool
 ) -> np.ndarray:
     """The table (256,) uint8 from values in label files to classes, IGNORE or INVALID."""
     ignored = [ignore_index] if isinstance(ignore_index, int) else ignore_index
-    if not all(0 <= value <= 255 for value in (*values, *ignored)):
+    flat = flatten(values)
+    if not all(0 <= value <= 255 for value in (*flat, *ignored)):
         raise DataError(
             f"data: ignore_index {ignore_index} and the values of the classes {values} must be in "
             "0..255"
         )
-    if len(set(values)) < len(values):
+    if len(set(flat)) < len(flat) or [] in values:
         raise DataError(
-            f"data.values: {values} contains a value twice, so one of its classes would never occur"
+            f"data.values: {values} contains a value twice or an empty list, so one of its classes "
+            "would never occur"
         )
     table = np.full(256, INVALID, np.uint8)
     table[IGNORE] = IGNORE
     if reduce_zero_label:
         table[0] = IGNORE
-    table[values] = np.arange(len(values))
+    for c, value in enumerate(values):
+        table[value] = c
     # 255 is left out, because it is a class if `values` contains it.
     table[[value for value in ignored if value != IGNORE]] = IGNORE
     return table
@@ -645,6 +656,167 @@ def oxford_pet(split: str, *, root: str, download: bool = False) -> Folder:
     )
 
 
+def mapillary(split: str, *, root: str) -> Folder:
+    """Mapillary Vistas v1.2 (Neuhold et al., 2017), 65 classes; "Unlabeled" is ignored.
+
+    training/images/*.jpg and training/v1.2/labels/*.png.
+    """
+    return Folder(
+        {"train": "training", "val": "validation"}.get(split, split),
+        root=root,
+        images="{split}/images",
+        labels="{split}/v1.2/labels",
+        ignore_index=65,
+        classes=MAPILLARY_CLASSES,
+        palette=MAPILLARY_PALETTE,
+    )
+
+
+def bdd100k(split: str, *, root: str) -> Folder:
+    """BDD100K (Yu et al., 2020), 10,000 images with the classes of Cityscapes.
+
+    images/10k/train/*.jpg and labels/sem_seg/masks/train/*.png.
+    """
+    return Folder(
+        split,
+        root=root,
+        images="images/10k/{split}",
+        labels="labels/sem_seg/masks/{split}",
+        classes=CITYSCAPES_CLASSES,
+        palette=CITYSCAPES_PALETTE,
+    )
+
+
+def dark_zurich(split: str, *, root: str) -> Folder:
+    """Dark Zurich (Sakaridis et al., 2019), only validation images, the classes of Cityscapes.
+
+    rgb_anon/val/night/*/*_rgb_anon.png and gt/val/night/*/*_gt_labelTrainIds.png.
+    """
+    return Folder(
+        split,
+        root=root,
+        images="rgb_anon/{split}/night",
+        image_suffix="_rgb_anon.png",
+        labels="gt/{split}/night",
+        label_suffix="_gt_labelTrainIds.png",
+        classes=CITYSCAPES_CLASSES,
+        palette=CITYSCAPES_PALETTE,
+    )
+
+
+def night_driving(split: str, *, root: str) -> Folder:
+    """Nighttime Driving (Dai and Van Gool, 2018), only test images, the classes of Cityscapes.
+
+    leftImg8bit/test/night/*_leftImg8bit.png and
+    gtCoarse_daytime_trainvaltest/test/night/*_gtCoarse_labelTrainIds.png.
+    """
+    return Folder(
+        {"val": "test"}.get(split, split),
+        root=root,
+        images="leftImg8bit/{split}/night",
+        image_suffix="_leftImg8bit.png",
+        labels="gtCoarse_daytime_trainvaltest/{split}/night",
+        label_suffix="_gtCoarse_labelTrainIds.png",
+        classes=CITYSCAPES_CLASSES,
+        palette=CITYSCAPES_PALETTE,
+    )
+
+
+# Crops of large pictures, as MMSegmentation's tools/dataset_converters make them.
+TILES = {"images": "img_dir/{split}", "labels": "ann_dir/{split}"}
+
+
+def loveda(split: str, *, root: str) -> Folder:
+    """LoveDA (Wang et al., 2021), 7 classes; 0 is ignored."""
+    return Folder(
+        split,
+        root=root,
+        reduce_zero_label=True,
+        classes=LOVEDA_CLASSES,
+        palette=LOVEDA_PALETTE,
+        **TILES,
+    )
+
+
+def isprs(split: str, *, root: str) -> Folder:
+    """ISPRS Potsdam or Vaihingen, 6 classes; 0, the boundaries of objects, is ignored."""
+    return Folder(
+        split,
+        root=root,
+        reduce_zero_label=True,
+        classes=ISPRS_CLASSES,
+        palette=ISPRS_PALETTE,
+        **TILES,
+    )
+
+
+def isaid(split: str, *, root: str) -> Folder:
+    """iSAID (Zamir et al., 2019), 16 classes.
+
+    img_dir/train/*.png and ann_dir/train/*_instance_color_RGB.png.
+    """
+    return Folder(
+        split,
+        root=root,
+        label_suffix="_instance_color_RGB.png",
+        classes=ISAID_CLASSES,
+        palette=ISAID_PALETTE,
+        **TILES,
+    )
+
+
+def synapse(split: str, *, root: str) -> Folder:
+    """Slices of Synapse's CT scans of the abdomen, 9 classes, split as by TransUNet (2021)."""
+    return Folder(split, root=root, classes=SYNAPSE_CLASSES, palette=SYNAPSE_PALETTE, **TILES)
+
+
+def retina(split: str, root: str, label_suffix: str) -> Folder:
+    """Vessels of the retina: images/training/*.png and annotations/training/* with `label_suffix`.
+
+    The masks hold 0 and 1, as MMSegmentation's tools/dataset_converters write them, or 0 and 255.
+    """
+    return Folder(
+        {"train": "training", "val": "validation"}.get(split, split),
+        root=root,
+        labels="annotations/{split}",
+        label_suffix=label_suffix,
+        values=[0, [1, 255]],
+        classes=["background", "vessel"],
+        palette=ADE20K_PALETTE[:2],
+    )
+
+
+def drive(split: str, *, root: str) -> Folder:
+    """DRIVE (Staal et al., 2004), 2 classes, the first annotator's masks, *_manual1.png."""
+    return retina(split, root, "_manual1.png")
+
+
+def stare(split: str, *, root: str) -> Folder:
+    """STARE (Hoover et al., 2000), 2 classes, the masks of Adam Hoover, *.ah.png."""
+    return retina(split, root, ".ah.png")
+
+
+def chase_db1(split: str, *, root: str) -> Folder:
+    """CHASE_DB1 (Fraz et al., 2012), 2 classes, the first annotator's masks, *_1stHO.png."""
+    return retina(split, root, "_1stHO.png")
+
+
+def hrf(split: str, *, root: str) -> Folder:
+    """HRF (Budai et al., 2013), 2 classes."""
+    return retina(split, root, ".png")
+
+
+def refuge(split: str, *, root: str) -> Folder:
+    """REFUGE (Orlando et al., 2020), 3 classes; images/training and annotations/training."""
+    return Folder(
+        {"train": "training", "val": "validation"}.get(split, split),
+        root=root,
+        labels="annotations/{split}",
+        classes=["background", " Optic Cup", "Optic Disc"],  # the space is MMSegmentation's
+        palette=parse_colors("787878 06e6e6 383b78"),
+    )
+
+
 class Synthetic:
     """Randomly drawn scenes, without files. A scene depends only on its split and index.
 
@@ -780,6 +952,20 @@ DATASETS = {
     "coco_stuff": coco_stuff,
     "camvid": camvid,
     "oxford_pet": oxford_pet,
+    "mapillary": mapillary,
+    "bdd100k": bdd100k,
+    "dark_zurich": dark_zurich,
+    "night_driving": night_driving,
+    "loveda": loveda,
+    "potsdam": isprs,
+    "vaihingen": isprs,
+    "isaid": isaid,
+    "synapse": synapse,
+    "drive": drive,
+    "stare": stare,
+    "chase_db1": chase_db1,
+    "hrf": hrf,
+    "refuge": refuge,
 }
 
 
@@ -1657,4 +1843,44 @@ COCO_STUFF_CLASSES = parse_names("""
     shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
     tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
     wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
+""")
+MAPILLARY_CLASSES = parse_names("""
+    Bird, Ground Animal, Curb, Fence, Guard Rail, Barrier, Wall, Bike Lane, Crosswalk - Plain,
+    Curb Cut, Parking, Pedestrian Area, Rail Track, Road, Service Lane, Sidewalk, Bridge, Building,
+    Tunnel, Person, Bicyclist, Motorcyclist, Other Rider, Lane Marking - Crosswalk,
+    Lane Marking - General, Mountain, Sand, Sky, Snow, Terrain, Vegetation, Water, Banner, Bench,
+    Bike Rack, Billboard, Catch Basin, CCTV Camera, Fire Hydrant, Junction Box, Mailbox, Manhole,
+    Phone Booth, Pothole, Street Light, Pole, Traffic Sign Frame, Utility Pole, Traffic Light,
+    Traffic Sign (Back), Traffic Sign (Front), Trash Can, Bicycle, Boat, Bus, Car, Caravan,
+    Motorcycle, On Rails, Other Vehicle, Trailer, Truck, Wheeled Slow, Car Mount, Ego Vehicle
+""")
+MAPILLARY_PALETTE = parse_colors("""
+    a52a2a 00c000 c4c4c4 be9999 b4a5b4 5a7896 66669c 8040ff 8c8cc8 aaaaaa faaaa0 606060 e6968c
+    804080 6e6e6e f423e8 966464 464646 96785a dc143c ff0000 ff0064 ff00c8 c88080 ffffff 40aa40
+    e6a032 4682b4 beffff 98fb98 6b8e23 00aa1e ffff80 fa001e 648cb4 dcdcdc dc8080 de2828 64aa1e
+    282828 212121 6480a0 8e0000 466496 d2aa64 999999 808080 000050 faaa1e c0c0c0 dcdc00 8c8c14
+    770b20 9600ff 003c64 00008e 00005a 0000e6 005064 804040 00006e 000046 0000c0 202020 780a0a
+""")
+LOVEDA_CLASSES = parse_names("""
+    background, building, road, water, barren, forest, agricultural
+""")
+LOVEDA_PALETTE = parse_colors("ffffff ff0000 ffff00 0000ff 9f81b7 00ff00 ffc380")
+ISPRS_CLASSES = parse_names("""
+    impervious_surface, building, low_vegetation, tree, car, clutter
+""")
+ISPRS_PALETTE = parse_colors("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")
+ISAID_CLASSES = parse_names("""
+    background, ship, store_tank, baseball_diamond, tennis_court, basketball_court,
+    Ground_Track_Field, Bridge, Large_Vehicle, Small_Vehicle, Helicopter, Swimming_pool, Roundabout,
+    Soccer_ball_field, plane, Harbor
+""")
+ISAID_PALETTE = parse_colors("""
+    000000 00003f 003f3f 003f00 003f7f 003fbf 003fff 007f3f 007f7f 00007f 0000bf 0000ff 00bf7f
+    007fbf 007fff 00649b
+""")
+SYNAPSE_CLASSES = parse_names("""
+    background, aorta, gallbladder, left_kidney, right_kidney, liver, pancreas, spleen, stomach
+""")
+SYNAPSE_PALETTE = parse_colors("""
+    000000 0000ff 00ff00 ff0000 00ffff ff00ff ffff00 3cffff f0f0f0
 """)

@@ -101,6 +101,7 @@ CONTEXT_LIST = "ImageSets/SegmentationContext/{}.txt"
 CONTEXT = ("JPEGImages", "SegmentationClassContext", CONTEXT_LIST, TRAIN_VAL)
 LAYOUTS = {
     "ADE20KDataset": Layout("ade20k", reduce_zero_label=True),
+    "BDD100KDataset": Layout("bdd100k", "images/10k/{}", "labels/sem_seg/masks/{}", "", TRAIN_VAL),
     "ChaseDB1Dataset": Layout("chase_db1"),
     "CityscapesDataset": Layout("cityscapes", "leftImg8bit/{}", "gtFine/{}", "", TRAIN_VAL),
     "COCOStuffDataset": Layout("coco_stuff", splits=("train2017", "val2017")),
@@ -116,7 +117,9 @@ LAYOUTS = {
     "PascalVOCDataset": Layout("voc", *VOC),
     "Pascal VOC, augmented": Layout("voc_aug", *VOC),
     "PotsdamDataset": Layout("potsdam", *TILES, reduce_zero_label=True),
+    "REFUGEDataset": Layout("refuge"),
     "STAREDataset": Layout("stare"),
+    "SynapseDataset": Layout("synapse", *TILES),
 }
 COCO_STUFF_10K = {
     "images": "images/{split}",

