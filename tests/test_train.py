@@ -121,6 +121,22 @@ def test_resume_on_another_number_of_processes(tiny, run):
         np.testing.assert_allclose(losses(resumed), losses(straight)[3:], rtol=1e-8)
 
 
+def use_few_layers(config: dict) -> None:
+    """A network that compiles fast, as the compilers of all processes share the cores."""
+    config["model"]["backbone"] = {
+        "type": "UNet",
+        "base_channels": 8,
+        "num_stages": 2,
+        "strides": [1, 1],
+        "enc_num_convs": [1, 1],
+        "enc_dilations": [1, 1],
+        "downsamples": [True],
+        "dec_num_convs": [1],
+        "dec_dilations": [1],
+    }
+    set_in_heads(config, in_channels=8, in_index=1)
+
+
 def test_compiled_model_trains_like_the_plain_one(tiny, run):
     """This holds with DDP, SyncBN and activation checkpointing, and after a resume.
 
@@ -128,6 +144,7 @@ def test_compiled_model_trains_like_the_plain_one(tiny, run):
     update the statistics a second time.
     """
     tiny["precision"] = "fp64"
+    use_few_layers(tiny)
     tiny["model"]["backbone"]["with_cp"] = True
     set_in_heads(tiny, dropout_ratio=0.0)
     plain = sibling(tiny, "plain")
@@ -564,13 +581,16 @@ def test_batch_dependent_losses_are_announced(tiny, run, accumulate):
 
 @pytest.mark.parametrize(
     "world_size, settings",
-    [(3, {}), (4, {}), (3, {"data.accumulate": 2})],
-    ids=["3", "4", "accumulate"],
+    [(3, {}), (4, {}), (3, {"accumulate": 2}), (3, {"compile": True})],
+    ids=["3", "4", "accumulate", "compile"],
 )
 def test_resume_is_exact_with_several_processes(tiny, run, world_size, settings):
     """From 3 processes on, the order in which gradients are summed matters."""
-    tiny["data"]["batch_size"] = 2 * world_size * settings.get("data.accumulate", 1)
-    tiny["data"]["accumulate"] = settings.get("data.accumulate", 1)
+    tiny["data"]["accumulate"] = settings.get("accumulate", 1)
+    tiny["data"]["batch_size"] = 2 * world_size * tiny["data"]["accumulate"]
+    if "compile" in settings:
+        tiny["compile"] = True
+        use_few_layers(tiny)
     straight = sibling(tiny, "straight")
     resumed = sibling(tiny, "resumed")
     run(straight, "--no-validate", world_size=world_size)
