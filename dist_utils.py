@@ -12,6 +12,13 @@ import threading
 import time
 import uuid
 
+# Libraries read these variables when they are loaded, and this module is the first to load torch.
+# Without a limit on spinning, the OpenMP threads of processes that share cores block each other.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+# Images of many sizes, as in validation, would fragment the GPU's memory.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

@@ -24,11 +24,13 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import dist_utils  # before torch, which reads the environment that this sets
+
+# isort: split
 import submitit
 from submitit.core.utils import FailedJobError
 from torch.distributed import DistNetworkError, TCPStore
 
-import dist_utils
 import train
 from dist_utils import ProcessError, StopSignal, UserError
 

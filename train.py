@@ -27,13 +27,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-# Libraries read these variables when they are loaded.
-# Without a limit on spinning, the OpenMP threads of processes that share cores block each other.
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-# Images of many sizes, as in validation, would fragment the GPU's memory.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+import dist_utils  # before torch, which reads the environment that this sets
 
+# isort: split
 import numpy as np
 import PIL
 import torch
@@ -42,7 +38,6 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import dist_utils
 import models
 from data import DATASETS, IGNORE, Data, check_every_sample, worker_failure
 from dist_utils import ProcessError, UserError

@@ -522,3 +522,25 @@ def test_an_error_of_every_rank_is_printed_once(tiny, tmp_path, restart):
     assert process.returncode == 1
     output = process.stdout + process.stderr
     assert output.count("error: optimizer.lr") == 1 + int(restart)
+
+
+@pytest.mark.parametrize("module", ["train", "launch_slurm"])
+def test_environment_is_set_before_torch_is_loaded(module):
+    """OpenMP and the allocator read their variables only when they are loaded."""
+    code = f"""
+import importlib.abc, os, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("PYTORCH_ALLOC_CONF"))
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+import {module}
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for name in ("GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environment.pop(name, None)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert found.stdout.decode().split() == ["30000", "expandable_segments:True"]
