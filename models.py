@@ -3921,8 +3921,11 @@ def load_weights(model: Segmentor, state: dict) -> str:
 
 
 def plain_state(state):
-    """The tensors of a state_dict, or of a checkpoint with one, without DDP's prefix `module.`."""
-    for key in ("state_dict", "model"):
+    """The tensors of a state_dict, or of a checkpoint with one, without DDP's prefix `module.`.
+
+    Those of a checkpoint's moving average, `ema`, come first.
+    """
+    for key in ("ema", "state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
     return {

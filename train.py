@@ -9,6 +9,7 @@
 import argparse
 import ast
 import contextlib
+import copy
 import fcntl
 import functools
 import importlib.metadata
@@ -141,6 +142,8 @@ class Config:
     precision: "fp32", "tf32", "bf16", "fp16" (with loss scaling), "fp64", or "auto": bf16 where the
         hardware computes in it, else fp16 on a GPU and fp32 on a CPU.
     clip_grad: the largest 2-norm of the gradient.
+    ema_decay: decay of a moving average of the weights, see `update_ema`, which is evaluated and
+        saved beside them.
     deterministic: only operations that repeat bit for bit (those of a CPU always do).
     compile: torch.compile.
     timeout: seconds after which a process that does not answer ends the run.
@@ -157,6 +160,7 @@ class Config:
     seed: int = 0
     precision: str = "auto"
     clip_grad: float | None = None
+    ema_decay: float | None = None
     deterministic: bool = False
     compile: bool = False
     timeout: float = 600.0
@@ -168,6 +172,8 @@ class Config:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         is_valid = self.clip_grad is None or self.clip_grad > 0
         require(is_valid, "clip_grad", self.clip_grad, "a number above 0, or null")
+        is_valid = self.ema_decay is None or 0 <= self.ema_decay < 1
+        require(is_valid, "ema_decay", self.ema_decay, "a number from 0 to below 1, or null")
         require(self.timeout > 0, "timeout", self.timeout, "seconds above 0")
 
 
@@ -586,6 +592,7 @@ def not_finite(state: object, key: str = "") -> list[str]:
 class TrainState:
     """Everything that a checkpoint restores.
 
+    ema: a copy of the model that holds the moving average of its weights, or None.
     iteration: optimizer steps finished.
     best: {"mIoU", "iteration"} of the best validation so far.
     validated: False if a signal interrupted the validation that is due at this iteration.
@@ -594,11 +601,16 @@ class TrainState:
     """
 
     def __init__(
-        self, model: Segmentor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+        self,
+        model: Segmentor,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        with_ema: bool = False,
     ):
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False) if with_ema else None
         self.iteration = 0
         self.best = None
         self.validated = True
@@ -607,7 +619,7 @@ class TrainState:
         self.log_sizes = dict.fromkeys(RunDir.LOGS, 0)
 
     def state_dict(self) -> dict:
-        return {
+        state = {
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -615,11 +627,16 @@ class TrainState:
             "best": self.best,
             "validated": self.validated,
         }
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        return state
 
     def load_state_dict(self, checkpoint: dict) -> None:
         """Raises RuntimeError or ValueError for a checkpoint of another network or optimizer."""
         config_groups = [dict(group) for group in self.optimizer.param_groups]
         self.model.load_state_dict(checkpoint["state_dict"])
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint.get("ema", checkpoint["state_dict"]))
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         # Settings such as weight decay come from the config: they may be changed on purpose.
         for group, settings in zip(self.optimizer.param_groups, config_groups):
@@ -637,7 +654,7 @@ def initialize(state: TrainState, args: argparse.Namespace, config: Config) -> l
 
     In order of precedence:
     1. --resume-from: the whole state of a checkpoint; "auto" is the work_dir's newest good one.
-    2. --load-from: weights only, at iteration 0.
+    2. --load-from: weights only, at iteration 0; their moving average if the checkpoint has one.
     3. model.backbone.pretrained: weights of the backbone.
     4. From scratch.
     """
@@ -658,6 +675,8 @@ def initialize(state: TrainState, args: argparse.Namespace, config: Config) -> l
         return notes + resume(state, path, checkpoint or load_checkpoint(path), config)
     if args.load_from:
         report = models.load_weights(state.model, load_checkpoint(args.load_from))
+        if state.ema is not None:
+            state.ema.load_state_dict(state.model.state_dict())
         return [*notes, f"weights from {args.load_from}: {report}"]
     if args.eval_only:
         raise ConfigError(
@@ -1252,6 +1271,30 @@ def optimizer_step(state: TrainState, clip_grad: float | None) -> None:
     state.optimizer.zero_grad(set_to_none=True)
 
 
+@torch.no_grad()
+def update_ema(state: TrainState, decay: float | None) -> None:
+    """Moves the average, if there is one: average = decay * average + (1 - decay) * weights.
+
+    With N updates done, the decay is at most N / (N + 1), which makes the average a plain mean at
+    first (Mean Teacher, arXiv:1703.01780). Batch norm's statistics are averaged like the weights,
+    integers are copied. An iteration whose update was skipped (fp16) counts like any other.
+    """
+    if state.ema is None:
+        return
+    decay = min(decay, 1 - 1 / (state.iteration + 1))
+    averages = []
+    weights = []
+    average_tensors = itertools.chain(state.ema.parameters(), state.ema.buffers())
+    weight_tensors = itertools.chain(state.model.parameters(), state.model.buffers())
+    for average, weight in zip(average_tensors, weight_tensors, strict=True):
+        if weight.is_floating_point():
+            averages.append(average)
+            weights.append(weight)
+        else:
+            average.copy_(weight)
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
 def check_gradients(model: nn.Module, run_dir: RunDir) -> None:
     """Names the parameters that no loss depends on, after the first backward pass.
 
@@ -1327,7 +1370,7 @@ def validate(
     began = time.perf_counter()
     try:
         metrics = evaluate(
-            state.model,
+            state.model if state.ema is None else state.ema,
             data,
             device,
             config.evaluation,
@@ -1376,7 +1419,7 @@ def checkpoint_content(state: TrainState, config: Config, data: Data) -> dict:
 def save(state: TrainState, config: Config, data: Data, run_dir: RunDir, names: list[str]) -> None:
     """Saves a checkpoint under all of `names`. Raises UserError if the state is not finite."""
     content = checkpoint_content(state, config, data)
-    bad_keys = not_finite({key: content[key] for key in ("state_dict", "optimizer")})
+    bad_keys = not_finite({key: content.get(key) for key in ("state_dict", "optimizer", "ema")})
     if bad_keys:
         raise UserError(
             f"after iteration {state.iteration} there are values that are not finite in "
@@ -1512,7 +1555,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> str: 
     scaler = torch.amp.GradScaler(device.type, enabled=low_precision == torch.float16)
 
     # Where to start.
-    state = TrainState(model, optimizer, scaler)
+    state = TrainState(model, optimizer, scaler, with_ema=config.ema_decay is not None)
     notes = initialize(state, args, config)
     start = state.iteration
     net = wrap(model, config)
@@ -1574,6 +1617,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> str: 
             if is_first:
                 check_gradients(model, run_dir)
             optimizer_step(state, config.clip_grad)
+            update_ema(state, config.ema_decay)
             state.iteration += 1
             timer.tick()
             bar.set_postfix(loss=f"{losses['loss']:.4f}", lr=f"{lr:.2e}", refresh=False)

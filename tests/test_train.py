@@ -16,6 +16,7 @@ from conftest import (
     ROOT,
     WITHOUT_BATCH_NORM,
     Run,
+    assert_same,
     assert_same_run,
     checkpoint,
     files_of,
@@ -31,6 +32,7 @@ from conftest import (
     wait_for,
 )
 from PIL import Image
+from torch import nn
 
 import models
 import train
@@ -105,6 +107,51 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny, run, world_size):
     resumed["data"]["workers"] = 2
     run(resumed, "--resume-from", "auto", world_size=world_size)
     assert_same_run(straight, resumed)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_average_is_resumed_and_evaluated(tiny, run, world_size):
+    """Resumed bit for bit; the scores are those of the averaged weights."""
+    tiny["ema_decay"] = 0.7
+    straight = sibling(tiny, "straight")
+    resumed = sibling(tiny, "resumed")
+    run(straight, world_size=world_size)
+    Path(resumed["work_dir"]).mkdir()
+    for name in ("train.log", "metrics.jsonl", "iter_3.pth"):
+        shutil.copy(Path(straight["work_dir"]) / name, resumed["work_dir"])
+    run(resumed, "--resume-from", "auto", world_size=world_size)
+    assert_same_run(straight, resumed)
+    assert_same(checkpoint(straight)["ema"], checkpoint(resumed)["ema"])
+    if world_size > 1:
+        return
+    # A config without an average evaluates that of the checkpoint.
+    del tiny["ema_decay"]
+    saved = checkpoint(straight)
+    model = models.build_model(tiny["model"])
+    models.load_weights(model, saved)
+    assert_same(dict(model.state_dict()), dict(saved["ema"]))
+    run(tiny, "--eval-only", "--load-from", Path(straight["work_dir"]) / "iter_6.pth")
+    assert metrics(tiny, "val")[0]["loss"] == metrics(straight, "val")[0]["loss"]
+
+
+def test_average_is_the_formula():
+    """A plain mean of the weights at first, then an exponential one; integers are copied."""
+    model = nn.BatchNorm1d(2, dtype=torch.float64)
+    state = train.TrainState(model, None, None, with_ema=True)
+    expected = 0.0
+    for iteration in range(9):
+        state.iteration = iteration
+        value = 3.0**iteration
+        nn.init.constant_(model.weight, value)
+        model.running_mean.fill_(-value)
+        model.num_batches_tracked += 1
+        train.update_ema(state, 0.75)
+        decay = min(0.75, iteration / (iteration + 1))
+        expected = decay * expected + (1 - decay) * value
+        assert state.ema.weight.tolist() == pytest.approx([expected] * 2)
+        assert state.ema.running_mean.tolist() == pytest.approx([-expected] * 2)
+        assert state.ema.num_batches_tracked == iteration + 1
+    assert not any(p.requires_grad for p in state.ema.parameters())
 
 
 def test_resume_on_another_number_of_processes(tiny, run):
