@@ -28,6 +28,8 @@ import signal
 import tempfile
 import time
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 ORDER = 1
 SAMPLE = 2
 SCENE = 3
+PART = 4
 
 Size = tuple[int, int]  # (height, width)
 Sample = tuple[np.ndarray, np.ndarray]  # image (H, W, C) and label (H, W) uint8
@@ -235,6 +238,10 @@ class Folder:
     reduce_zero_label: ignore 0 and read class c from the value c + 1.
     values: the value, or the list of values, of each class in the files. Default: its index.
         [0, 255] reads a black and white mask.
+    fold: [k, n] splits the samples into n parts: `val` is part k, counted from 0, `train` is all
+        others. `images`, `labels` and `files` then name all samples, without `{split}`.
+    fold_seed: which samples a part holds. It is not the seed of the run, so that runs with other
+        seeds have the same parts.
     """
 
     def __init__(
@@ -252,6 +259,8 @@ class Folder:
         ignore_index: int | list[int] = 255,
         reduce_zero_label: bool = False,
         values: list[int | list[int]] | None = None,
+        fold: tuple[int, int] | None = None,
+        fold_seed: int = 0,
         in_channels: int = 3,
     ):
         if palette is None:
@@ -272,12 +281,19 @@ class Folder:
         self.values = flatten(values)
         self.in_channels = in_channels
         self.table = class_table(values, ignore_index, reduce_zero_label)
+        if fold and "{split}" in f"{images} {labels} {files}":
+            raise DataError(
+                f"data.fold: name the folders of all samples, data.images and data.labels, without "
+                f"{{split}}; they are {images} and {labels}"
+            )
         images = images.replace("{split}", split)
         labels = labels.replace("{split}", split)
         if files:
             files = files.replace("{split}", split)
         # (samples, 2) paths relative to root
         self.pairs = np.array(self.find_pairs(images, labels, files, image_suffix, label_suffix))
+        if fold:
+            self.pairs = self.pairs[in_fold(self.pairs, split, fold, fold_seed)]
 
     def find_pairs(
         self,
@@ -399,12 +415,20 @@ class Folder:
         if label.dtype != np.uint8:
             values = label.clip(0, 255).astype(np.uint8)
             in_range = (values == label).all()
-        # Much faster than self.table[values]; a bytearray, so that the result is writable.
-        translated = bytearray(np.ascontiguousarray(values)).translate(self.table.tobytes())
-        classes = np.frombuffer(translated, np.uint8).reshape(label.shape)
+        classes = translate(values, self.table)
         if not in_range or (classes == INVALID).any():
             raise DataError(self.explain_bad_values(label, label_path))
         return image, classes
+
+    def stamp(self) -> str:
+        """A hash that changes with the labels: their paths, sizes and times, and their meaning."""
+        digest = hashlib.sha256(self.table.tobytes())
+        for i in range(len(self)):
+            _, path = self.paths(i)
+            with reraise_as_data_error(path):
+                status = os.stat(path)
+            digest.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}\n"))
+        return digest.hexdigest()
 
     def explain_bad_values(self, label: np.ndarray, path: str) -> str:
         """Say which values of `label` are no classes, and which setting may read them."""
@@ -440,6 +464,13 @@ class Folder:
         )
 
 
+def translate(label: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Compute table[label]; label: (H, W) uint8, table: (256,) uint8."""
+    # Much faster than indexing; a bytearray, so that the result is writable.
+    translated = bytearray(np.ascontiguousarray(label)).translate(table.tobytes())
+    return np.frombuffer(translated, np.uint8).reshape(label.shape)
+
+
 def voc_palette(count: int) -> list[list[int]]:
     """Pascal VOC's colors: the bits of the class, dealt to red, green and blue in turn."""
     classes = np.arange(count)
@@ -447,6 +478,21 @@ def voc_palette(count: int) -> list[list[int]]:
     for bit in range(8):
         palette[:, bit % 3] |= (classes >> bit & 1) << (7 - bit // 3)
     return palette.tolist()
+
+
+def in_fold(pairs: np.ndarray, split: str, fold: tuple[int, int], seed: int) -> np.ndarray:
+    """Which of the samples (samples, 2) belong to a split of a fold: (samples,) bool."""
+    k, n = fold
+    # A sample that is listed twice must not be in both splits.
+    unique, number = np.unique(pairs, axis=0, return_inverse=True)
+    if split not in ("train", "val") or not 0 <= k < n or not 2 <= n <= len(unique):
+        raise DataError(
+            f"data.fold: [{k}, {n}] of {len(unique)} samples, split {split}; expected [k, n] with "
+            "0 <= k < n, n from 2 to the number of samples, and one of the splits train and val"
+        )
+    part = np.random.default_rng(seed).permutation(len(unique)) % n
+    is_val = part[number.ravel()] == k
+    return is_val if split == "val" else ~is_val
 
 
 def flatten(values: list[int | list[int]]) -> list[int]:
@@ -938,10 +984,161 @@ class Synthetic:
         return painted > 0, (painted > 1).astype(np.uint8), angle
 
 
+@dataclasses.dataclass
+class ConcatSection:
+    """The keywords of a section of `Concat` besides those of its data set.
+
+    type: a name in DATASETS.
+    weight: its share of the training samples, relative to the weights of the others. Either all
+        sections have one or none, and then every sample comes equally often.
+    class_map: from its classes to those of the first data set, or to None to ignore a class.
+        Classes that are not in it keep their names.
+    splits: from the names of the config's splits to those of this data set, such as
+        {"train": "trainval"}, or to None to leave the data set out: {"val": None}.
+    """
+
+    type: str
+    weight: float | None = None
+    class_map: dict = dataclasses.field(default_factory=dict)
+    splits: dict = dataclasses.field(default_factory=dict)
+
+
+class Concat:
+    """Several data sets as one, with the classes and colors of the first.
+
+    datasets: sections of keywords, see ConcatSection.
+    """
+
+    def __init__(self, split: str, *, datasets: list[dict], in_channels: int = 3):
+        self.parts = []
+        self.tables = []  # for each part see class_table()
+        self.weights = []
+        other_split = "val" if split == "train" else "train"
+        for number, keywords in enumerate(datasets):
+            place = f"data.datasets.{number}"
+            section, keywords = self.divide(keywords)
+            if section.type == "concat" or (number == 0 and section.class_map):
+                raise DataError(
+                    f"{place}: a section cannot be a concat itself, and the first one cannot have "
+                    "a class_map, as it names the classes"
+                )
+            name = section.splits.get(split, split)
+            if number == 0:
+                # It names the classes even if it is left out of this split.
+                name_of_any = name or section.splits.get(other_split, other_split)
+                dataset = build_dataset(section.type, name_of_any, in_channels, keywords)
+                self.classes = dataset.classes
+                self.palette = dataset.palette
+            elif name:
+                dataset = build_dataset(section.type, name, in_channels, keywords)
+            if name:
+                self.parts.append(dataset)
+                self.tables.append(self.class_table(place, dataset.classes, section.class_map))
+                self.weights.append(section.weight)
+        if not self.parts:
+            raise DataError(f"data.datasets: none of them has samples for the split {split}")
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        given = [weight for weight in self.weights if weight is not None]
+        if min(given, default=1) <= 0 or len(given) not in (0, len(self.weights)):
+            raise DataError(
+                f"data.datasets: the weights are {self.weights}; expected numbers above 0 in all "
+                "sections or in none"
+            )
+        if not given:
+            self.weights = None
+
+    @staticmethod
+    def divide(keywords: dict) -> tuple[ConcatSection, dict]:
+        """Divide a section into its ConcatSection and the keywords of its data set."""
+        own = {}
+        others = dict(keywords)
+        for field in dataclasses.fields(ConcatSection):
+            if field.name in others:
+                own[field.name] = others.pop(field.name)
+        return ConcatSection(**own), others
+
+    def class_table(self, place: str, classes: list[str], class_map: dict) -> np.ndarray | None:
+        """The table (256,) uint8 from `classes` to those of the first data set; None if equal."""
+        targets = [class_map.get(name, name) for name in classes]
+        wrong = [name for name in class_map if name not in classes]
+        wrong += [name for name in targets if name is not None and name not in self.classes]
+        if wrong:
+            raise DataError(
+                f"{place}: there is no class {' and no class '.join(map(repr, wrong))}. class_map "
+                f"takes classes of this data set ({', '.join(classes)}) to classes of the first "
+                f"({', '.join(self.classes)}) or to null, which ignores them"
+            )
+        table = np.arange(256, dtype=np.uint8)
+        for c, target in enumerate(targets):
+            table[c] = IGNORE if target is None else self.classes.index(target)
+        return None if targets == self.classes else table
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """The indices (samples,) of an epoch's samples by weight, not shuffled.
+
+        Every part is an endless stream of its samples, in another order in each pass. An epoch
+        takes the next ones of each stream, as many of each part as its weight says.
+        """
+        shares = np.cumsum(self.weights) / np.sum(self.weights)
+        counts = np.diff(np.rint(shares * len(self)).astype(int), prepend=0)
+        if not counts.all():
+            raise DataError(
+                f"data.datasets: with the weights {self.weights}, an epoch of {len(self)} samples "
+                "has none of one data set. Raise its weight, or leave it out"
+            )
+        indices = []
+        for part, count in enumerate(counts.tolist()):
+            size = len(self.parts[part])
+            first = epoch * count
+            passes = range(first // size, (first + count - 1) // size + 1)
+            orders = []
+            for number in passes:
+                rng = np.random.default_rng((seed, PART, part, number))
+                orders.append(rng.permutation(size) + self.ends[part] - size)
+            start = first - passes[0] * size
+            indices.append(np.concatenate(orders)[start : start + count])
+        return np.concatenate(indices)
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """The part that holds sample i, and the sample's index in it."""
+        part = int(np.searchsorted(self.ends, i, side="right"))
+        return part, i - int(self.ends[part]) + len(self.parts[part])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def name(self, i: int) -> str:
+        part, index = self.locate(i)
+        return self.parts[part].name(index)
+
+    def size(self, i: int) -> Size:
+        part, index = self.locate(i)
+        return self.parts[part].size(index)
+
+    def load(self, i: int) -> Sample:
+        """Load image (H, W, C) and label (H, W) uint8 with the classes of the first data set."""
+        part, index = self.locate(i)
+        image, label = self.parts[part].load(index)
+        if self.tables[part] is not None:
+            label = translate(label, self.tables[part])
+        return image, label
+
+    def stamp(self) -> str | None:
+        """As Folder.stamp(); None if a part is not read from files."""
+        digest = hashlib.sha256()
+        for part, table in zip(self.parts, self.tables):
+            stamp = stamp_of(part)
+            if stamp is None:
+                return None
+            digest.update(f"{stamp} {table if table is None else table.tolist()}".encode())
+        return digest.hexdigest()
+
+
 # The data sets of config key data.type. Each has `classes`, `palette`, len(), name(i),
 # size(i) -> (height, width), and load(i) -> image (H, W, C) and label (H, W) uint8, 255 = ignored.
 DATASETS = {
     "folder": Folder,
+    "concat": Concat,
     "synthetic": Synthetic,
     "cityscapes": cityscapes,
     "ade20k": ade20k,
@@ -967,6 +1164,19 @@ DATASETS = {
     "hrf": hrf,
     "refuge": refuge,
 }
+
+
+def build_dataset(kind: str, split: str, in_channels: int, keywords: dict):
+    """Build a split of the data set `kind`, a key of DATASETS; `keywords` are those of its own."""
+    if kind not in DATASETS:
+        raise DataError(f"data.type: {kind} is none of {', '.join(DATASETS)}")
+    if in_channels != 3:
+        if kind not in ("folder", "concat"):
+            raise DataError(f"data.in_channels: the images of {kind} have 3 channels")
+        keywords = keywords | {"in_channels": in_channels}
+    if "root" in keywords:
+        keywords = keywords | {"root": os.path.expanduser(keywords["root"])}
+    return DATASETS[kind](split, **keywords)
 
 
 # -------------------------------------------------------------------------------------------- Cache
@@ -1009,6 +1219,9 @@ class CachedDataset:
 
     def size(self, i: int) -> Size:
         return self.dataset.size(i)
+
+    def stamp(self) -> str:
+        return self.dataset.stamp()
 
     def load(self, i: int) -> Sample:
         """As Folder.load(); the arrays are views of a memory-mapped file."""
@@ -1067,6 +1280,167 @@ class CachedDataset:
             self.full[0] = 1
             if temporary and os.path.exists(temporary):
                 os.unlink(temporary)
+
+
+def cached(dataset, folder: str):
+    """`dataset` with the samples that it reads from files kept in `folder`."""
+    if isinstance(dataset, Concat):
+        dataset.parts = [cached(part, folder) for part in dataset.parts]
+    elif isinstance(dataset, Folder):
+        dataset = CachedDataset(dataset, folder)
+    return dataset
+
+
+# ------------------------------------------------------------------ Statistics and rare classes
+
+
+@dataclasses.dataclass(eq=False)
+class SampleStatistics(Dataset):
+    """Maps an index to the statistics of its sample.
+
+    Returns the histogram (256) of its label, the sum and the sum of squares of each channel of its
+    image, (2, C), both as lists, and an error message, which is "" if it loads. They are lists,
+    because workers send arrays through shared memory, which is slower.
+    """
+
+    dataset: Any
+    of_images: bool  # otherwise the sums are left out
+
+    def __getitem__(self, i: int) -> tuple[list[int], list[list[float]], str]:
+        try:
+            image, label = self.dataset.load(i)
+        except DataError as error:
+            return [0] * 256, [], str(error)
+        histogram = np.bincount(label.ravel(), minlength=256).tolist()
+        if not self.of_images:
+            return histogram, [], ""
+        values = image.reshape(-1, image.shape[-1]).astype(float)  # (pixels, C)
+        sums = [values.sum(0).tolist(), np.einsum("nc,nc->c", values, values).tolist()]
+        problem = ""
+        if not np.isfinite(sums).all():
+            problem = f"{self.dataset.name(i)}: the image holds values that are NaN or infinite"
+        return histogram, sums, problem
+
+
+def stamp_of(dataset) -> str | None:
+    """The hash that changes with the labels of a data set; None if it is not read from files."""
+    return dataset.stamp() if hasattr(dataset, "stamp") else None
+
+
+def counts_file(dataset, folder: str | None) -> Path | None:
+    """Where the pixels of each class are kept: in data.cache, or in the cache of torch.hub."""
+    stamp = stamp_of(dataset)
+    if stamp is None:
+        return None
+    folder = os.path.expanduser(folder or os.path.join(torch.hub.get_dir(), "class_counts"))
+    return Path(folder, f"{stamp}.npz")
+
+
+def write_counts(path: Path, counts: np.ndarray) -> None:
+    """Write a file atomically. If that fails, warn."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, counts=counts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        warnings.warn(
+            f"{path}: cannot be written ({error}), so every run counts the classes again. Set "
+            "data.cache to a writable folder",
+            stacklevel=2,
+        )
+        temporary.unlink(missing_ok=True)
+
+
+def read_counts(path: Path | None) -> np.ndarray | None:
+    """Read what write_counts() wrote; None if there is no such file or it is damaged."""
+    try:
+        return np.load(path)["counts"] if path else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+@contextlib.contextmanager
+def turn(path: Path | None) -> Iterator[None]:
+    """Let the processes of this machine take turns, by a lock beside `path`."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # without a lock, each of them does the same work
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(path.with_name("class_counts.lock"), "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def class_counts(dataset, folder: str | None, workers: int) -> np.ndarray:
+    """Count the pixels of each class in each label: (samples, classes).
+
+    The first process of a machine counts and writes the file that the others and later runs read.
+    """
+    path = counts_file(dataset, folder)
+    with turn(path):
+        counts = read_counts(path)
+        if counts is not None:
+            return counts
+        counts = np.zeros((len(dataset), len(dataset.classes)), np.uint32)
+        statistics = SampleStatistics(dataset, of_images=False)
+        items = Batches(statistics, range(len(dataset)), workers)
+        for i, (histogram, _, problem) in enumerate(tqdm(items, "counting classes", leave=False)):
+            if problem:
+                raise DataError(problem)
+            counts[i] = histogram[: len(dataset.classes)]
+        if path:
+            write_counts(path, counts)
+        return counts
+
+
+class RareClassSampler:
+    """Rare class sampling of DAFormer (Hoyer et al., 2022, arXiv:2111.14887).
+
+    For each sample, a class c is drawn with the probability
+
+        P(c) = exp((1 - f_c) / T) / sum over all classes k of exp((1 - f_k) / T)
+
+    where f_c is the share of c in all pixels that are not ignored and T the temperature: the lower
+    it is, the more often rare classes come. Then one of the images that show c is drawn.
+
+    An image shows a class, if possible, on 1 % of the pixels of a crop, and a crop of it on half
+    as many (DAFormer: 3000 and 1500 pixels of 512x512). Classes that never occur are left out.
+
+    counts: (samples, classes), the pixels of each class in each label.
+    """
+
+    def __init__(self, counts: np.ndarray, temperature: float, crop_size: Size):
+        total = counts.sum(0, dtype=float)  # (classes,)
+        if not total.any():
+            raise DataError("data.rare_classes: every pixel of every label is ignored")
+        share = total / total.sum()
+        # Subtracting the largest exponent leaves P as it is and prevents an overflow.
+        weight = np.exp((share[total > 0].min() - share) / temperature)
+        weight[total == 0] = 0
+        self.probability = weight / weight.sum()
+        enough = math.prod(crop_size) // 100
+        self.images = []  # for each class the images that show it
+        self.least_pixels = []  # for each class the pixels that a crop is to show
+        for c in range(len(total)):
+            images = np.flatnonzero(counts[:, c] >= max(1, enough))
+            self.least_pixels.append(max(1, enough // 2))
+            if not len(images):
+                images = np.flatnonzero(counts[:, c])
+                self.least_pixels[c] = 1
+            self.images.append(images)
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw `count` classes, and for each the index of an image that shows it."""
+        classes = rng.choice(len(self.images), count, p=self.probability)
+        indices = np.zeros(count, int)
+        for c in np.unique(classes):
+            is_drawn = classes == c
+            indices[is_drawn] = rng.choice(self.images[c], is_drawn.sum())
+        return classes, indices
 
 
 # ------------------------------------------------------------------------------------------ Samples
@@ -1156,16 +1530,27 @@ class TrainSamples(Dataset):
     cat_max_ratio: float
     flip: float
     photometric: bool
+    rare_classes: RareClassSampler | None = None
     epoch: int = -1
     order: np.ndarray | None = None  # of the data set in this epoch
+    wanted: np.ndarray | None = None  # the classes that the samples of this epoch are drawn for
 
     def dataset_index(self, sample_index: int) -> int:
-        """The index in the data set; every epoch visits each image once, in another order."""
+        """The index in the data set; every epoch visits each image once, in another order.
+
+        With data.rare_classes or the weights of Concat, an epoch has as many samples, but some
+        images come more often.
+        """
         epoch, place = divmod(sample_index, len(self.dataset))
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, ORDER, epoch))
             self.epoch = epoch
-            self.order = rng.permutation(len(self.dataset))
+            if self.rare_classes:
+                self.wanted, self.order = self.rare_classes.draw(rng, len(self.dataset))
+            elif isinstance(self.dataset, Concat) and self.dataset.weights:
+                self.order = rng.permutation(self.dataset.epoch(self.seed, epoch))
+            else:
+                self.order = rng.permutation(len(self.dataset))
         return int(self.order[place])
 
     def __getitem__(self, sample_indices: range | list[int]) -> Batch | DataError:
@@ -1212,7 +1597,7 @@ class TrainSamples(Dataset):
             rows = nearest_pixels(top, h, height, scaled[0])
             columns = nearest_pixels(left, w, width, scaled[1])
             classes = np.take(label[rows], columns, axis=1)
-            if attempt == 10 or self.satisfies_cat_max_ratio(classes):
+            if attempt == 10 or self.accepts(classes, sample_index):
                 break
         pixels = resample(image, scaled, (top, left, h, w))
         if rng.random() < self.flip:
@@ -1220,12 +1605,24 @@ class TrainSamples(Dataset):
             classes = np.ascontiguousarray(classes[:, ::-1])
         return pixels, classes, self.draw_color(rng)
 
-    def satisfies_cat_max_ratio(self, classes: np.ndarray) -> bool:
-        """Whether there are several classes, each on < cat_max_ratio of the pixels not ignored."""
-        if self.cat_max_ratio >= 1:
+    def accepts(self, classes: np.ndarray, sample_index: int) -> bool:
+        """Whether a crop (h, w) shows the rare class that its image was drawn for, if any.
+
+        And whether it satisfies cat_max_ratio: there are several classes, each on < cat_max_ratio
+        of the pixels that are not ignored.
+        """
+        if self.cat_max_ratio >= 1 and not self.rare_classes:
             return True
         count = torch.bincount(torch.from_numpy(classes).view(-1), minlength=256)[:IGNORE].numpy()
-        return (count > 0).sum() > 1 and count.max() < self.cat_max_ratio * count.sum()
+        if self.rare_classes:
+            wanted = self.wanted[sample_index % len(self.dataset)]
+            if count[wanted] < self.rare_classes.least_pixels[wanted]:
+                return False
+        return (
+            self.cat_max_ratio >= 1
+            or (count > 0).sum() > 1
+            and count.max() < self.cat_max_ratio * count.sum()
+        )
 
     def draw_color(self, rng: np.random.Generator) -> list[float]:
         """Draw [brightness, contrast, saturation, hue, contrast] for photometric_distortion().
@@ -1380,8 +1777,11 @@ class Data:
     cat_max_ratio: a crop is drawn again, up to ten times, if one class covers at least this share.
     flip: the probability of a horizontal flip.
     photometric: distort the colors of 8-bit RGB images.
-    in_channels, mean, std: of the images, in RGB order and in the units of the files.
+    in_channels, mean, std: of the images, in RGB order and in the units of the files. --check-data
+        prints the mean and std of the training images.
     cache: a folder on a local disk for decoded samples. None: decode the files every time.
+    rare_classes: the temperature of RareClassSampler, such as 0.01, by which images with rare
+        classes come more often. None: every image comes once in an epoch.
     """
 
     def __init__(
@@ -1401,6 +1801,7 @@ class Data:
         mean: list[float] = IMAGENET_MEAN,
         std: list[float] = IMAGENET_STD,
         cache: str | None = None,
+        rare_classes: float | None = None,
         train_split: str = "train",
         val_split: str = "val",
         seed: int = 0,
@@ -1414,6 +1815,7 @@ class Data:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)  # (C, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self.cache = cache
+        self.rare_classes = rare_classes
         self.train_split = train_split
         self.val_split = val_split
         self.sampling = {
@@ -1426,10 +1828,6 @@ class Data:
             "photometric": photometric,
         }
         self.dataset_keywords = dataset
-        if "root" in dataset:
-            dataset["root"] = os.path.expanduser(dataset["root"])
-        if in_channels != 3:
-            dataset["in_channels"] = in_channels
         self.validate()
 
     def validate(self) -> None:
@@ -1439,9 +1837,9 @@ class Data:
         if not len(self.mean) == len(self.std) == self.in_channels or not (self.std > 0).all():
             raise DataError(
                 f"data: mean and std need in_channels ({self.in_channels}) values each, and those "
-                "of std must be above 0"
+                "of std must be above 0. --check-data prints those of the training images"
             )
-        if self.in_channels != 3 and self.type != "folder":
+        if self.in_channels != 3 and self.type not in ("folder", "concat"):
             raise DataError(f"data.in_channels: the images of {self.type} have 3 channels")
         smallest = {
             "crop_size": min(self.sampling["crop_size"]),
@@ -1453,6 +1851,8 @@ class Data:
             if number < 1:
                 raise DataError(f"data.{name}: {number} must be 1 or more")
         low, high = self.sampling["ratio_range"]
+        if self.rare_classes is not None and not self.rare_classes > 0:
+            raise DataError(f"data.rare_classes: {self.rare_classes} must be above 0, or null")
         if self.workers < 0 or not 0 < low <= high < math.inf:
             raise DataError(
                 f"data: workers ({self.workers}) must be 0 or more, and ratio_range must be "
@@ -1466,10 +1866,8 @@ class Data:
         return self
 
     def build_dataset(self, split: str):
-        dataset = DATASETS[self.type](split, **self.dataset_keywords)
-        if self.cache and isinstance(dataset, Folder):
-            dataset = CachedDataset(dataset, self.cache)
-        return dataset
+        dataset = build_dataset(self.type, split, self.in_channels, self.dataset_keywords)
+        return cached(dataset, self.cache) if self.cache else dataset
 
     @functools.cached_property
     def train(self):
@@ -1485,7 +1883,16 @@ class Data:
 
     @functools.cached_property
     def samples(self) -> TrainSamples:
-        return TrainSamples(self.train, **self.sampling)
+        rare = None
+        if self.rare_classes:
+            if getattr(self.train, "weights", None):
+                raise DataError(
+                    "data.rare_classes and the weights of data.datasets both say how often an "
+                    "image comes. Remove one of them"
+                )
+            counts = class_counts(self.train, self.cache, self.workers)
+            rare = RareClassSampler(counts, self.rare_classes, self.sampling["crop_size"])
+        return TrainSamples(self.train, rare_classes=rare, **self.sampling)
 
     @functools.cached_property
     def available_split(self):
@@ -1586,9 +1993,11 @@ class Data:
     def check(self, train: bool = True, val: bool = True, count: int = 8) -> None:
         """Decode `count` samples of each of these splits; raise DataError if one cannot be used.
 
-        Also raises DataError if training crops would be mostly padding.
+        Also raises DataError if training crops would be mostly padding. Counts the classes if
+        data.rare_classes needs them.
         """
         if train:
+            self.samples.dataset_index(0)
             shapes = self.check_split(self.train, count)
         if val:
             self.check_split(self.val, count)
@@ -1636,47 +2045,54 @@ def looks_like_mask(histogram: np.ndarray, dataset) -> bool:
     return len(dataset.classes) == 2 and np.flatnonzero(histogram).tolist() == [0, IGNORE]
 
 
-@dataclasses.dataclass(eq=False)
-class LabelHistograms(Dataset):
-    """Maps an index to the histogram (256) of its label and an error message, "" if it loads.
+def preflight(dataset, processes: int, kept_counts: Path | None = None) -> list[str]:
+    """Decode every sample; print what the labels and the channels of the images hold.
 
-    The histogram is a list, because workers send arrays through shared memory, which is slower.
-    """
-
-    dataset: Any
-
-    def __getitem__(self, i: int) -> tuple[list[int], str]:
-        try:
-            _, label = self.dataset.load(i)
-        except DataError as error:
-            return [0] * 256, str(error)
-        return np.bincount(label.ravel(), minlength=256).tolist(), ""
-
-
-def preflight(dataset, processes: int) -> list[str]:
-    """Decode every sample; print class frequencies, class weights and fully ignored labels.
+    kept_counts: the file that data.rare_classes reads, written if all is well.
 
     Returns what is wrong, one message for each sample that cannot be used.
     """
     size = len(dataset)
-    items = Batches(LabelHistograms(dataset), range(size), min(processes, size))
-    histograms = np.zeros((size, 256), int)
+    statistics = SampleStatistics(dataset, of_images=True)
+    items = Batches(statistics, range(size), min(processes, size))
+    histograms = np.zeros((size, 256), np.uint32)
+    channels = 0.0  # (2, C)
     problems = []
     empty = []
-    for i, (histogram, problem) in enumerate(tqdm(items, "checking every file", leave=False)):
+    for i, (histogram, sums, problem) in enumerate(tqdm(items, "checking files", leave=False)):
         histograms[i] = histogram
         if problem:
             problems.append(problem)
-        elif not any(histogram[: len(dataset.classes)]):
+            continue
+        channels = channels + np.array(sums)
+        if not any(histogram[: len(dataset.classes)]):
             empty.append(dataset.name(i))
-    ignored = histograms[:, IGNORE].sum() / max(histograms.sum(), 1)
+    pixels = histograms.sum(dtype=int)
+    ignored = histograms[:, IGNORE].sum(dtype=int) / max(pixels, 1)
     print(f"{size} samples, {ignored:.1%} of the pixels ignored")
-    print_class_table(dataset.classes, histograms[:, : len(dataset.classes)])
+    counts = histograms[:, : len(dataset.classes)]
+    print_class_table(dataset.classes, counts.astype(int))
+    if not problems:
+        print_channels(channels / pixels)
+        if kept_counts:
+            write_counts(kept_counts, counts)
     if empty:
         print(f"{len(empty)} labels in which every pixel is ignored, such as that of {empty[0]}")
     if looks_like_mask(histograms.sum(0), dataset):
         problems.append(f"{dataset.name(0)} and all others: {MASK_HINT}")
     return problems
+
+
+def print_channels(moments: np.ndarray) -> None:
+    """Print mean and std of the channels as keys of the section data.
+
+    moments: (2, C), the means of the values and of their squares.
+    """
+    mean, square = moments
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    std[std == 0] = 1  # a constant channel; data.std must be above 0
+    values = [", ".join(f"{value:.5g}" for value in row) for row in (mean, std)]
+    print(f'mean and std of the images: "mean": [{values[0]}], "std": [{values[1]}]')
 
 
 def print_class_table(classes: list[str], pixels: np.ndarray) -> None:
@@ -1711,7 +2127,9 @@ def check_every_sample(data: Data, sheet: Path, processes: int | None = None) ->
     problems = []
     for split in ("train", "val"):
         print(f"--- {split}")
-        problems += preflight(getattr(data, split), processes or os.cpu_count())
+        dataset = getattr(data, split)
+        kept_counts = counts_file(dataset, data.cache) if split == "train" else None
+        problems += preflight(dataset, processes or os.cpu_count(), kept_counts)
     if problems:
         raise DataError("\n- ".join([f"{len(problems)} samples are wrong", *problems[:20]]))
     data.check()

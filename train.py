@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
-from data import DATASETS, IGNORE, Data, check_every_sample, worker_failure
+from data import DATASETS, IGNORE, ConcatSection, Data, check_every_sample, worker_failure
 from dist_utils import ProcessError, UserError
 from models import ConfigError, Segmentor, check_keywords, check_parameters, fits, keywords, suggest
 
@@ -281,19 +281,33 @@ def check_config(config: Config) -> None:
 
 def check_data_section(section: dict) -> None:
     """The `data` section holds the keywords of Data and of the data set that `type` names."""
-    kind = section.get("type")
-    if kind not in list(DATASETS):
-        raise ConfigError(f"data.type is {kind!r}; {suggest(str(kind), list(DATASETS))}")
-    known = keywords(DATASETS[kind]) | keywords(Data)
-    for name in ("split", "seed"):
-        known.pop(name, None)
-    check_parameters(f"data set {kind}", known, section, "data")
+    check_data_set(section, Data, "data")
+    if section["type"] == "concat":
+        for i, part in enumerate(section["datasets"]):
+            check_data_set(part, ConcatSection, f"data.datasets.{i}")
     require(
         min(section["crop_size"]) >= 1,
         "data.crop_size",
         section["crop_size"],
         "[height, width] above 0",
     )
+
+
+def check_data_set(section: dict, owner: type, place: str) -> None:
+    """The section at `place` holds the keywords of `owner` and of the data set that `type` names.
+
+    Raises ConfigError.
+    """
+    kind = section.get("type")
+    kinds = [name for name in DATASETS if owner is Data or name != "concat"]
+    if kind not in kinds:
+        raise ConfigError(f"{place}.type is {kind!r}; {suggest(str(kind), kinds)}")
+    known = keywords(DATASETS[kind]) | keywords(owner)
+    for name in ("split", "seed"):
+        known.pop(name, None)
+    if owner is not Data:
+        known.pop("in_channels", None)
+    check_parameters(f"data set {kind}", known, section, place)
 
 
 def dry_run(config: Config, batch_size: int) -> Segmentor:
@@ -1707,7 +1721,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     config = read_config(args.config, options)
     if args.check_data:
         folder = make_folder(args.show_dir or config.work_dir)
-        check_every_sample(Data(**config.data, seed=config.seed), folder / "contact_sheet.png")
+        channels = config.data.get("in_channels", 3)
+        # It prints the mean and std to set.
+        normalization = {"mean": [0.0] * channels, "std": [1.0] * channels} if channels != 3 else {}
+        data = Data(**normalization | config.data, seed=config.seed)
+        check_every_sample(data, folder / "contact_sheet.png")
         return "done"
     if config.deterministic:  # cuBLAS reads this when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -4,10 +4,12 @@ import colorsys
 import contextlib
 import functools
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -25,11 +27,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_same, write_config
+from conftest import ROOT, assert_same, metrics, set_in_heads, write_config
 from PIL import Image
 
 import data
+import train
 from data import Data, DataError, Folder, Synthetic
+from models import ConfigError
 
 COLORS = np.array(
     [
@@ -1350,6 +1354,218 @@ def test_evaluation_needs_no_training_images(folder):
     assert len(list(dataset.val_batches())) == 5
 
 
+# ------------------------------------------------------------------------------- Several data sets
+
+
+def draw_folder(root: Path, count: int, classes: list[str], size: int = 16) -> dict:
+    """A section of `count` samples for training and 2 for validation, each of a single class.
+
+    Sample i is of class i % len(classes); all pixels of its image are 10 * i.
+    """
+    for split, number in (("train", count), ("val", 2)):
+        for i in range(number):
+            write_image(
+                root / f"images/{split}/{i:03d}.png", np.full((size, size, 3), 10 * i, "u1")
+            )
+            label = np.full((size, size), i % len(classes), np.uint8)
+            write_image(root / f"labels/{split}/{i:03d}.png", label)
+    return {"type": "folder", "root": str(root), "classes": classes}
+
+
+@pytest.fixture
+def concat(tmp_path: Path) -> dict:
+    """The `data` section of three and six samples, whose classes have other names and places."""
+    other = draw_folder(tmp_path / "b", 6, ["trees", "car", "road"])
+    return {
+        "type": "concat",
+        "datasets": [
+            draw_folder(tmp_path / "a", 3, ["road", "car", "tree"]),
+            other | {"class_map": {"trees": "tree"}},
+        ],
+        "batch_size": 3,
+        "crop_size": [8, 8],
+        "workers": 0,
+    }
+
+
+def test_concat_has_the_classes_of_the_first(concat):
+    dataset = Data(**concat)
+    assert dataset.classes == ["road", "car", "tree"]
+    assert len(dataset.train) == 9
+    assert len(dataset.val) == 4
+    assert [classes_in(dataset.train, i) for i in range(3, 6)] == [[2], [1], [0]]
+    assert dataset.train.name(8).endswith("b/images/train/005.png")
+    assert dataset.train.size(8) == (16, 16)
+    assert len(list(dataset.val_batches(batch_size=2))) == 2
+    concat["datasets"][1]["class_map"]["car"] = None
+    assert classes_in(Data(**concat).train, 4) == [255]
+    cached = Data(**concat, cache=str(Path(concat["datasets"][0]["root"], "cache")))
+    for _ in range(2):
+        assert [classes_in(cached.train, i) for i in range(3, 6)] == [[2], [255], [0]]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "part"),
+    [
+        (1, "class_map", {}, "no class 'trees'"),
+        (1, "class_map", {"trees": "wood"}, "no class 'wood'"),
+        (1, "class_map", {"trees": None, "bus": "car"}, "no class 'bus'"),
+        (0, "class_map", {"tree": "car"}, "cannot"),
+        (1, "weight", 2, r"[None, 2]"),
+        (1, "root", "/nowhere", "/nowhere"),
+        (1, "type", "concat", "concat"),
+    ],
+)
+def test_wrong_section_of_concat(concat, section, key, value, part):
+    concat["datasets"][section][key] = value
+    assert part in error_of(lambda: Data(**concat).train)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "place"),
+    [
+        (0, "rot", "data.datasets.0.rot: data set folder has no such keyword; did you mean root"),
+        (1, "class_mapp", "data.datasets.1.class_mapp"),
+        (1, "in_channels", "data.datasets.1.in_channels"),
+        (1, "datasets", "data.datasets.1.datasets"),
+    ],
+)
+def test_keys_of_sections_are_checked(concat, tiny, tmp_path, section, key, place):
+    tiny["data"] = concat
+    config = train.load_config(write_config(tiny, tmp_path))
+    assert config["data"] == concat
+    concat["datasets"][section][key] = 5
+    with pytest.raises(ConfigError, match=place):
+        train.load_config(write_config(tiny, tmp_path))
+    del concat["datasets"][section]["type"]
+    with pytest.raises(ConfigError, match=f"data.datasets.{section}.type is None"):
+        train.load_config(write_config(tiny, tmp_path))
+
+
+def test_sections_of_concat_may_leave_out_splits(concat):
+    first, second = concat["datasets"]
+    first["splits"] = {"train": None}  # still names the classes
+    second["splits"] = {"train": "val", "val": None}
+    dataset = Data(**concat)
+    assert len(dataset.train) == len(dataset.val) == 2
+    assert "b/images/val" in dataset.train.name(0)
+    assert "a/images/val" in dataset.val.name(0)
+    assert classes_in(dataset.train) == [2]
+    second["splits"] = {"train": None}
+    assert "none of them" in error_of(lambda: Data(**concat).train)
+
+
+def test_weights_are_exact_and_every_sample_comes_equally_often(concat):
+    for section, weight in zip(concat["datasets"], (2, 1)):
+        section["weight"] = weight
+    samples = Data(**concat).samples
+    epochs = [[samples.dataset_index(9 * e + k) for k in range(9)] for e in range(4)]
+    for epoch in epochs:
+        assert sum(i < 3 for i in epoch) == 6
+        assert epoch != sorted(epoch)
+    count = np.bincount(sum(epochs, []), minlength=9)
+    assert count.tolist() == [8, 8, 8, 2, 2, 2, 2, 2, 2]
+    assert Data(**concat).samples.dataset_index(30) == epochs[3][3]  # a resumed run
+    reseeded = Data(**concat, seed=1).samples
+    assert [reseeded.dataset_index(k) for k in range(9)] != epochs[0]
+    concat["datasets"][1]["weight"] = 0.01
+    assert "has none of one data set" in error_of(Data(**concat).check)
+
+
+def test_folds_are_disjoint_and_whole(tmp_path):
+    section = draw_folder(tmp_path, 7, ["a", "b"])
+    lines = [f"{i:03d}" for i in range(7)]
+    section |= {"images": "images/train", "labels": "labels/train"}
+
+    def names(split: str, k: int, **keywords) -> list[str]:
+        keywords = {key: value for key, value in (section | keywords).items() if key != "type"}
+        dataset = Folder(split, fold=[k, 3], **keywords)
+        return [Path(dataset.name(i)).stem for i in range(len(dataset))]
+
+    parts = [names("val", k) for k in range(3)]
+    assert sorted(sum(parts, [])) == lines
+    assert sorted(map(len, parts)) == [2, 2, 3]
+    for k in range(3):
+        assert names("train", k) == sorted(set(lines) - set(parts[k]))
+    assert [names("val", k, fold_seed=1) for k in range(3)] != parts
+    assert parts != [lines[k::3] for k in range(3)]
+    for split, k in (("test", 0), ("val", 3)):
+        assert "0 <= k < n" in error_of(functools.partial(names, split, k))
+    build = functools.partial(names, "val", 0, images="images/{split}")
+    assert "without {split}" in error_of(build)
+
+
+# ----------------------------------------------------------------------------------- Rare classes
+
+
+def test_rare_classes_come_as_often_as_the_formula_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    section = draw_folder(tmp_path / "set", 8, ["a", "b", "c", "never"])
+    for i in range(8):  # seven labels of class 0, of which one has a block of class 1
+        label = np.full((16, 16), 2 if i == 7 else 0, np.uint8)
+        label[:4, : 4 * (i == 3)] = 1
+        write_image(tmp_path / f"set/labels/train/{i:03d}.png", label)
+    section |= {"batch_size": 2, "crop_size": [8, 8], "workers": 0, "rare_classes": 0.3}
+    dataset = Data(**section)
+    dataset.check()
+    f = np.array([7 * 256 - 16, 16, 256]) / (8 * 256)
+    p = np.exp((1 - f) / 0.3)
+    p /= p.sum()
+    rare = dataset.samples.rare_classes
+    assert rare.probability == pytest.approx([*p, 0])
+    index = np.array([dataset.samples.dataset_index(k) for k in range(8000)])
+    share = np.bincount(index, minlength=8) / 8000
+    expected = np.full(8, p[0] / 7)
+    expected[3] += p[1]
+    expected[7] = p[2]
+    assert share == pytest.approx(expected, abs=0.02)
+    # A crop is drawn again until it shows the class that its image was drawn for.
+    section |= {"cat_max_ratio": 1.0}
+    samples = Data(**section).samples
+
+    def share_that_shows_it() -> float:
+        crops = [
+            k for k in range(400) if samples.dataset_index(k) == 3 and samples.wanted[k % 8] == 1
+        ]
+        return np.mean([1 in samples.sample(k)[1] for k in crops])
+
+    often = share_that_shows_it()
+    with monkeypatch.context() as patch:
+        patch.setattr(data.TrainSamples, "accepts", lambda *_: True)
+        assert often > 0.8 > 2 * share_that_shows_it()
+    resumed = next(Data(**section).train_batches(start=50))
+    assert_same(resumed, take(Data(**section).train_batches(), 51)[50])
+
+
+def test_classes_are_counted_once(tmp_path, monkeypatch):
+    section = draw_folder(tmp_path / "set", 4, ["a", "b"])
+    section |= {"batch_size": 2, "crop_size": [8, 8], "workers": 0, "rare_classes": 0.1}
+    section["cache"] = str(tmp_path / "cache")
+    counts = data.class_counts(Data(**section).train, section["cache"], 0)
+    assert counts.tolist() == [[256, 0], [0, 256]] * 2
+    (path,) = Path(section["cache"]).glob("*.npz")
+
+    def count_again() -> np.ndarray:
+        return data.class_counts(Data(**section).train, section["cache"], 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "Batches", None)
+        assert_same(count_again().tolist(), counts.tolist())
+    path.write_bytes(path.read_bytes()[:100])  # damaged: counted again
+    assert_same(count_again().tolist(), counts.tolist())
+    write_image(tmp_path / "set/labels/train/000.png", np.ones((16, 16), np.uint8))
+    assert count_again()[0].tolist() == [0, 256]
+    section["values"] = [1, 0]
+    assert count_again()[0].tolist() == [256, 0]
+    # --check-data counts too.
+    for path in Path(section["cache"]).glob("*.npz"):
+        path.unlink()
+    data.check_every_sample(Data(**section), tmp_path / "sheet.png", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "Batches", None)
+        assert count_again()[0].tolist() == [256, 0]
+
+
 # --------------------------------------------------------------------------------------- Preflight
 
 
@@ -1390,6 +1606,67 @@ def test_suggested_weights_balance_by_median_frequency(tmp_path, capsys):
     assert "suggested class_weight: [0.33, 1.0, 1.0, 0.0]" in capsys.readouterr().out
 
 
+def test_five_bands_of_16_bits(tiny, tmp_path, run, capsys):
+    """A set of TIFF files trains with the mean and std that --check-data prints."""
+    rng = np.random.default_rng(0)
+    scale = np.array([1, 5, 20, 100, 250])
+    bands = []
+    for split in ("train", "val"):
+        (tmp_path / f"set/images/{split}").mkdir(parents=True)
+        for i in range(3):
+            label = rng.integers(0, 2, (2, 2), np.uint8).repeat(30, 0).repeat(30, 1)
+            image = (label[..., None] * 100 + rng.integers(0, 100, (60, 60, 5))) * scale
+            pages = [Image.fromarray(page.astype(np.uint16)) for page in np.moveaxis(image, -1, 0)]
+            path = tmp_path / f"set/images/{split}/{i}.tif"
+            pages[0].save(path, save_all=True, append_images=pages[1:])
+            write_image(tmp_path / f"set/labels/{split}/{i}.png", label)
+            bands.append(image)
+    tiny["data"] = {
+        "type": "folder",
+        "root": str(tmp_path / "set"),
+        "classes": ["low", "high"],
+        "in_channels": 5,
+        "batch_size": 2,
+        "crop_size": [48, 48],
+        "ratio_range": [1.0, 1.0],
+        "cache": str(tmp_path / "cache"),
+        "workers": 0,
+    }
+    assert "--check-data" in error_of(lambda: Data(**tiny["data"]))
+    set_in_heads(tiny, num_classes=2)
+    tiny["model"]["backbone"]["in_channels"] = 5
+    train.main(["--config", str(write_config(tiny, tmp_path)), "--check-data"])
+    printed = re.search(r'"mean": .*', capsys.readouterr().out)[0]
+    tiny["data"] |= json.loads(f"{{{printed}}}")
+    pixels = np.concatenate(bands[:3]).reshape(-1, 5)  # of the training images
+    assert tiny["data"]["mean"] == pytest.approx(pixels.mean(0), rel=1e-4)
+    assert tiny["data"]["std"] == pytest.approx(pixels.std(0), rel=1e-4)
+
+    dataset = Data(**tiny["data"])
+    image, _ = dataset.prepare(next(dataset.train_batches()), "cpu")
+    assert image.abs().max() < 3
+    tiny["schedule"]["max_iters"] = 30
+    tiny["evaluation"]["interval"] = 30
+    tiny["optimizer"]["lr"] = 0.05
+    run(tiny)
+    assert metrics(tiny, "val")[-1]["mIoU"] > 0.8
+
+
+def test_image_with_nan_is_named(tmp_path, capsys):
+    section = draw_folder(tmp_path, 2, ["a", "b"])
+    image = np.ones((16, 16, 3), np.float32)
+    image[3, 4, 1] = np.nan
+    for split in ("train", "val"):
+        for path in (tmp_path / "images" / split).glob("*.png"):
+            np.save(path.with_suffix(".npy"), image)
+            path.unlink()
+    dataset = Data(**section, batch_size=1, crop_size=[8, 8], workers=0)
+    problems = data.preflight(dataset.train, 1)
+    assert len(problems) == 2
+    assert "images/train/000.npy: the image holds values that are NaN" in problems[0]
+    assert '"mean"' not in capsys.readouterr().out
+
+
 def test_check_data_command(folder, tmp_path):
     head = {
         "type": "FCNHead",
@@ -1419,6 +1696,7 @@ def test_check_data_command(folder, tmp_path):
         text=True,
         timeout=100,
         check=False,
+        env=os.environ | {"TORCH_HOME": str(tmp_path / "home")},
     )
 
     process = call(command)

@@ -256,6 +256,14 @@ def test_zoo_names_what_exists():
     assert set(types) == set(data.DATASETS)
 
 
+def test_class_map_of_several_data_sets():
+    (block,) = code_blocks(ZOO, "json")
+    _, camvid = json.loads(f"{{{block}}}")["datasets"]
+    names = [camvid["class_map"].get(name, name) for name in data.CAMVID_CLASSES]
+    assert set(names) <= set(data.CITYSCAPES_CLASSES)
+    assert set(camvid["class_map"]) <= set(data.CAMVID_CLASSES)
+
+
 # ------------------------------------------------------------------------------ The measurements
 
 
