@@ -1025,9 +1025,9 @@ class Concat:
             name = section.splits.get(split, split)
             if number == 0:
                 # It names the classes even if it is left out of this split.
-                name_of_any = name or section.splits.get(other_split, other_split)
-                dataset = build_dataset(section.type, name_of_any, in_channels, keywords)
-                self.classes = dataset.classes
+                some_name = name or section.splits.get(other_split) or other_split
+                dataset = build_dataset(section.type, some_name, in_channels, keywords)
+                self.classes = list(dataset.classes)
                 self.palette = dataset.palette
             elif name:
                 dataset = build_dataset(section.type, name, in_channels, keywords)
@@ -1125,7 +1125,7 @@ class Concat:
 
     def stamp(self) -> str | None:
         """As Folder.stamp(); None if a part is not read from files."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.classes).encode())
         for part, table in zip(self.parts, self.tables):
             stamp = stamp_of(part)
             if stamp is None:
@@ -1618,11 +1618,9 @@ class TrainSamples(Dataset):
             wanted = self.wanted[sample_index % len(self.dataset)]
             if count[wanted] < self.rare_classes.least_pixels[wanted]:
                 return False
-        return (
-            self.cat_max_ratio >= 1
-            or (count > 0).sum() > 1
-            and count.max() < self.cat_max_ratio * count.sum()
-        )
+        if self.cat_max_ratio >= 1:
+            return True
+        return (count > 0).sum() > 1 and count.max() < self.cat_max_ratio * count.sum()
 
     def draw_color(self, rng: np.random.Generator) -> list[float]:
         """Draw [brightness, contrast, saturation, hue, contrast] for photometric_distortion().
@@ -1885,7 +1883,7 @@ class Data:
     def samples(self) -> TrainSamples:
         rare = None
         if self.rare_classes:
-            if getattr(self.train, "weights", None):
+            if isinstance(self.train, Concat) and self.train.weights:
                 raise DataError(
                     "data.rare_classes and the weights of data.datasets both say how often an "
                     "image comes. Remove one of them"
@@ -2059,7 +2057,8 @@ def preflight(dataset, processes: int, kept_counts: Path | None = None) -> list[
     channels = 0.0  # (2, C)
     problems = []
     empty = []
-    for i, (histogram, sums, problem) in enumerate(tqdm(items, "checking files", leave=False)):
+    items = tqdm(items, "checking every file", leave=False)
+    for i, (histogram, sums, problem) in enumerate(items):
         histograms[i] = histogram
         if problem:
             problems.append(problem)
@@ -2090,7 +2089,7 @@ def print_channels(moments: np.ndarray) -> None:
     """
     mean, square = moments
     std = np.sqrt(np.maximum(square - mean**2, 0))
-    std[std == 0] = 1  # a constant channel; data.std must be above 0
+    std[std <= 1e-6 * np.abs(mean)] = 1  # a constant channel; data.std must be above 0
     values = [", ".join(f"{value:.5g}" for value in row) for row in (mean, std)]
     print(f'mean and std of the images: "mean": [{values[0]}], "std": [{values[1]}]')
 

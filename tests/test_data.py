@@ -368,10 +368,17 @@ def test_normalization_without_color_distortion_is_exact(folder):
         (0, 1, 4, 1),
     ],
 )
+@pytest.mark.parametrize("sampling", ["plain", "weights", "rare classes"])
 def test_samples_depend_on_the_seed_and_position_alone(
-    folder, workers, world_size, accumulate, start
+    folder, tmp_path, workers, world_size, accumulate, start, sampling
 ):
     """Workers, processes, micro-batches and the starting iteration change nothing."""
+    if sampling == "weights":
+        section = {key: folder.pop(key) for key in ("type", "root", "classes")}
+        folder["type"] = "concat"
+        folder["datasets"] = [section | {"weight": 1}, section | {"weight": 2}]
+    elif sampling == "rare classes":
+        folder |= {"rare_classes": 0.1, "cache": str(tmp_path / "cache")}
     folder["batch_size"] = 8
     whole = take(Data(**folder, seed=3).train_batches(), 3)
     positions = torch.cat([batch["sample_index"] for batch in whole])
@@ -1535,6 +1542,27 @@ def test_rare_classes_come_as_often_as_the_formula_says(tmp_path, monkeypatch):
         assert often > 0.8 > 2 * share_that_shows_it()
     resumed = next(Data(**section).train_batches(start=50))
     assert_same(resumed, take(Data(**section).train_batches(), 51)[50])
+
+
+def draw_by_rare_classes(section: dict) -> list[int]:
+    samples = Data(**section).samples
+    return [samples.dataset_index(k) for k in range(50)]
+
+
+def test_processes_agree_on_the_counts_of_classes(folder, tmp_path):
+    folder |= {"rare_classes": 0.1, "cache": str(tmp_path / "cache")}
+    with multiprocessing.Pool(3) as pool:
+        drawn = pool.map(draw_by_rare_classes, [folder] * 6)
+    assert all(indices == drawn[0] for indices in drawn)
+    names = [path.suffix for path in (tmp_path / "cache").iterdir()]
+    assert sorted(names) == [".lock", ".npz"] + 6 * [".sample"]
+
+
+def test_rare_classes_and_weights_exclude_each_other(concat):
+    for section in concat["datasets"]:
+        section["weight"] = 1
+    assert "both say" in error_of(Data(**concat, rare_classes=0.1).check)
+    assert "must be above 0" in error_of(lambda: Data(**concat, rare_classes=0))
 
 
 def test_classes_are_counted_once(tmp_path, monkeypatch):
