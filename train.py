@@ -479,35 +479,57 @@ def learning_rate(
     base_lr: float,
     *,
     max_iters: int,
+    policy: str = "poly",
     power: float = 0.9,
     min_lr: float = 0.0,
-    policy: str = "poly",
+    milestones: list[int] | None = None,
+    gamma: float = 0.1,
     warmup: str | None = None,
     warmup_iters: int = 0,
     warmup_ratio: float = 1e-6,
 ) -> float:
-    """The learning rate of an iteration, counted from 0: polynomial decay to a floor, with warm-up.
+    """The learning rate of an iteration, counted from 0. It falls from base_lr to min_lr.
 
-    (base_lr - min_lr) (1 - iteration / max_iters)^power + min_lr (PSPNet, arXiv:1612.01105). During
-    a "linear" warm-up this is multiplied by 1 - (1 - iteration / warmup_iters) (1 - warmup_ratio),
-    as in mmcv 1.x.
+    With t = iteration / max_iters, `policy` is one of:
+    - "poly": (base_lr - min_lr) (1 - t)^power + min_lr (PSPNet, arXiv:1612.01105).
+    - "cosine": (base_lr - min_lr) (1 + cos(pi t)) / 2 + min_lr (SGDR, arXiv:1608.03983).
+    - "step": base_lr * gamma^(number of `milestones` reached), but at least min_lr (ResNet,
+      arXiv:1512.03385).
+
+    During a "linear" warm-up this is multiplied by 1 - (1 - iteration / warmup_iters)
+    (1 - warmup_ratio), as in mmcv 1.x.
     """
-    require(policy == "poly", "schedule.policy", policy, '"poly"')
+    policies = ("poly", "cosine", "step")
+    require(policy in policies, "schedule.policy", policy, ", ".join(policies))
     require(warmup in (None, "linear"), "schedule.warmup", warmup, 'null or "linear"')
     require(max_iters >= 1, "schedule.max_iters", max_iters, "at least 1")
     require(warmup_iters >= 0, "schedule.warmup_iters", warmup_iters, "0 or more")
-    lr = (base_lr - min_lr) * max(0.0, 1 - iteration / max_iters) ** power + min_lr
+    is_valid = (milestones is not None) == (policy == "step")
+    expected = 'a list of iterations with policy "step", null with the others'
+    require(is_valid, "schedule.milestones", milestones, expected)
+    progress = min(1.0, iteration / max_iters)
+    if policy == "step":
+        reached = sum(iteration >= milestone for milestone in milestones)
+        lr = max(min_lr, base_lr * gamma**reached)
+    elif policy == "cosine":
+        lr = (base_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2 + min_lr
+    else:
+        lr = (base_lr - min_lr) * (1 - progress) ** power + min_lr
     if warmup and iteration < warmup_iters:
         lr *= 1 - (1 - iteration / warmup_iters) * (1 - warmup_ratio)
     return lr
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, iteration: int, config: Config) -> float:
-    """Sets the learning rate of every parameter group. Returns that of multiplier 1."""
-    base_lr = config.optimizer["lr"]
+    """Sets the learning rate of every parameter group. Returns that of multiplier 1.
+
+    A multiplier scales the result of the schedule, its floor included: `lr_mult: 0` means no
+    learning. In MMSegmentation `min_lr` is the floor of every group, whatever its multiplier.
+    """
+    lr = learning_rate(iteration, config.optimizer["lr"], **config.schedule)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(iteration, base_lr * group["lr_mult"], **config.schedule)
-    return learning_rate(iteration, base_lr, **config.schedule)
+        group["lr"] = lr * group["lr_mult"]
+    return lr
 
 
 # -------------------------------------------------------------------------------------- Checkpoints

@@ -365,9 +365,11 @@ def convert_schedule(config: Section) -> dict:
     schedulers = config.get("param_scheduler") or []
     schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
     kinds = [scheduler.take("type") for scheduler in schedulers]
-    if kinds[-1:] not in (["PolyLR"], ["MultiStepLR"]) or kinds[:-1] not in ([], ["LinearLR"]):
+    known = ("PolyLR", "CosineAnnealingLR", "MultiStepLR")
+    if not kinds or kinds[-1] not in known or kinds[:-1] not in ([], ["LinearLR"]):
         raise UserError(
-            f"param_scheduler is {kinds}; expected PolyLR or MultiStepLR, alone or after LinearLR"
+            f"param_scheduler is {kinds}; expected one of {', '.join(known)}, alone or after "
+            "LinearLR"
         )
     begins = [None, 0]
     for warmup in schedulers[:-1]:
@@ -387,7 +389,11 @@ def convert_schedule(config: Section) -> dict:
         raise UserError(f"{main.place}.end is {end}; set it to max_iters, {max_iters}")
     if end < max_iters:
         note(f"{main.place}.end is {end}; here the decay ends with the run, at {max_iters}")
-    return schedule | {"power": main.take("power", 1.0), "min_lr": main.take("eta_min", 0.0)}
+    schedule["min_lr"] = main.take("eta_min", 0.0)
+    if kinds[-1] == "CosineAnnealingLR":
+        main.expect(T_max=[None, end - begin])
+        return schedule | {"policy": "cosine"}
+    return schedule | {"power": main.take("power", 1.0)}
 
 
 # ----------------------------------------------------------------------------------------- The data

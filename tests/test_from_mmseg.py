@@ -235,6 +235,17 @@ def test_step_schedule() -> None:
     assert rates[20999] == pytest.approx(1.0) and rates[21000] == pytest.approx(0.2)
 
 
+def test_cosine_schedule() -> None:
+    config = dumped(OHEM)
+    cosine = {"type": "CosineAnnealingLR", "T_max": 40000, "eta_min": 1e-5, "by_epoch": False}
+    config["param_scheduler"] = [cosine]
+    section = convert(config)[0]["schedule"]
+    assert section == {"max_iters": 40000, "policy": "cosine", "min_lr": 1e-5}
+    config["param_scheduler"][0]["T_max"] = 1000  # the rate would rise again
+    with pytest.raises(UserError, match="T_max is 1000"):
+        convert(config)
+
+
 CHANGES = {  # what is changed: a part of the error
     'train_dataloader.dataset.pipeline.4.direction = "vertical"': "direction",
     "train_dataloader.dataset.pipeline.2.keep_ratio = false": "keep_ratio is false",
@@ -253,7 +264,7 @@ CHANGES = {  # what is changed: a part of the error
     "train_cfg.val_begin = 5000": "val_begin is 5000",
     "param_scheduler.0.by_epoch = true": "param_scheduler.0.by_epoch is true",
     "param_scheduler.0.end = 50000": "set it to max_iters, 40000",
-    'param_scheduler.0.type = "CosineAnnealingLR"': "CosineAnnealingLR",
+    'param_scheduler.0.type = "ExponentialLR"': "ExponentialLR",
     'optim_wrapper.clip_grad = {"max_norm": 1, "norm_type": 1}': "norm_type is 1",
     'optim_wrapper.constructor = "LayerDecayOptimizerConstructor"': "LayerDecayOptimizer",
     'optim_wrapper.paramwise_cfg = {"flat_decay_mult": 0.0}': "paramwise_cfg.flat_decay_mult",

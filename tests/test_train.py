@@ -30,6 +30,7 @@ from conftest import (
     sibling,
     skip,
     wait_for,
+    write_config,
 )
 from PIL import Image
 from torch import nn
@@ -494,6 +495,38 @@ def test_six_steps_of_mmsegmentation(name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def test_schedules_by_hand():
+    options = {"max_iters": 100, "min_lr": 0.01}
+    cosine = [train.learning_rate(i, 0.11, policy="cosine", **options) for i in (0, 25, 50, 100)]
+    np.testing.assert_allclose(cosine, [0.11, 0.06 + 0.05 * 0.5**0.5, 0.06, 0.01])
+    step = options | {"policy": "step", "milestones": [40, 70, 90], "gamma": 0.2}
+    rates = [train.learning_rate(i, 1.0, **step) for i in (0, 39, 40, 69, 70, 90, 100)]
+    np.testing.assert_allclose(rates, [1.0, 1.0, 0.2, 0.2, 0.04, 0.01, 0.01])
+    warm = train.learning_rate(10, 1.0, warmup="linear", warmup_iters=20, warmup_ratio=0.5, **step)
+    assert warm == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [{"policy": "step"}, {"milestones": [3]}, {"policy": "exp"}, {"milestones": 3}],
+)
+def test_bad_schedules_are_named(tiny, tmp_path, schedule):
+    tiny["schedule"] |= schedule
+    with pytest.raises(models.ConfigError, match="schedule.(policy|milestones)"):
+        train.load_config(write_config(tiny, tmp_path))
+
+
+def test_multipliers_scale_the_floor_too(tiny, tmp_path):
+    tiny["optimizer"]["paramwise"] = {"backbone": {"lr_mult": 0.0}, "decode": {"lr_mult": 2.0}}
+    config = train.read_config(write_config(tiny, tmp_path))
+    optimizer = train.build_optimizer(models.build_model(config.model), **config.optimizer)
+    for iteration in (0, 3, 6):
+        lr = train.set_learning_rate(optimizer, iteration, config)
+        rates = {group["lr_mult"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == {0.0: 0.0, 1.0: lr, 2.0: 2 * lr}
+    assert lr == tiny["schedule"]["min_lr"]
 
 
 def test_paramwise_takes_the_longest_matching_part():
