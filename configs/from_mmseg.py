@@ -215,10 +215,11 @@ def convert(config: dict, gpus: int) -> dict:
     config = read(config)
     model = convert_model(config["model"], gpus)
     check_top_level(config)
-    train, train_steps = read_dataset(config["train_dataloader"], tuple(STEPS), split=0)
-    val, val_steps = read_dataset(config["val_dataloader"], VAL_STEPS, split=1)
-    if train | {"type": train["type"].removesuffix("_aug")} != val:
-        raise UserError(f"val_dataloader.dataset is {val}; expected that of training, {train}")
+    train_dataset = config["train_dataloader"].section("dataset")
+    train, train_steps = read_dataset(train_dataset, tuple(STEPS), split=0)
+    val_dataset = config["val_dataloader"].section("dataset")
+    val, val_steps = read_dataset(val_dataset, VAL_STEPS, split=1)
+    validate_on(val, train)
 
     wrapper = config["optim_wrapper"]
     accumulate = wrapper.take("accumulative_counts", 1)
@@ -422,12 +423,29 @@ def convert_preprocessor(config: Section, crop_size: list[int]) -> dict:
     return {"mean": section.take("mean", [0.0] * 3), "std": section.take("std", [1.0] * 3)}
 
 
-def read_dataset(loader: Section, order: tuple, split: int) -> tuple[dict, dict[str, Section]]:
+def validate_on(val: dict, train: dict) -> None:
+    """Leaves out of validation what is trained on alone. Raises UserError if `val` is not in it."""
+    if train == val or train | {"type": train["type"].removesuffix("_aug")} == val:
+        return
+    if val not in train.get("datasets", []):
+        raise UserError(f"val_dataloader.dataset is {val}; expected that of training, {train}")
+    for section in train["datasets"]:
+        if section != val:
+            section["splits"] = {"val": None}
+
+
+def read_dataset(dataset: Section, order: tuple, split: int) -> tuple[dict, dict[str, Section]]:
     """The data section's keys of the data set itself, and its pipeline's steps by name.
 
     order: the steps that data.py has, in its order. split: 0 for training, 1 for validation.
     """
-    kind, dataset = unwrap(loader.section("dataset"))
+    if dataset.get("type") == "RepeatDataset":  # the stream of training samples is endless anyway
+        dataset.take("type")
+        dataset.take("times")
+        return read_dataset(dataset.section("dataset"), order, split)
+    if dataset.get("type") == "ConcatDataset" and not is_voc_aug(dataset):
+        return read_concat(dataset, order, split)
+    kind, dataset = name_of(dataset)
     if kind not in LAYOUTS:
         raise UserError(
             f"{dataset.place}.type is {kind}; expected one of {', '.join(LAYOUTS)}. Name one of "
@@ -459,26 +477,51 @@ def read_dataset(loader: Section, order: tuple, split: int) -> tuple[dict, dict[
     return section, steps
 
 
-def unwrap(dataset: Section) -> tuple[str, Section]:
-    """The kind of the data set within wrappers, a key of LAYOUTS, and the data set."""
+def name_of(dataset: Section) -> tuple[str, Section]:
+    """The key of LAYOUTS that describes the data set, and the Section that names its files."""
     kind = dataset.take("type")
-    if kind == "RepeatDataset":  # the stream of training samples is endless anyway
-        dataset.take("times")
-        return unwrap(dataset.section("dataset"))
     if kind == "COCOStuffDataset" and dataset.get("reduce_zero_label"):
         return "COCO-Stuff 10k", dataset
     if kind != "ConcatDataset":
         return kind, dataset
-    first, *others = dataset.take("datasets")
-    prefix = first.section("data_prefix") | {"seg_map_path": "SegmentationClassAug"}
-    augmentation = first | {"ann_file": VOC[2].format("aug"), "data_prefix": prefix}
-    if first.take("type") != "PascalVOCDataset" or others != [augmentation]:
-        raise UserError(
-            f"{dataset.place} is a ConcatDataset; only PascalVOCDataset's train.txt with aug.txt "
-            "can be translated. Keep one data set, and list all samples in data.files afterwards"
-        )
+    first, _ = dataset.take("datasets")
+    first.take("type")
     dataset["dataset"] = first  # whose other keys are looked at in the end
     return "Pascal VOC, augmented", first
+
+
+def is_voc_aug(dataset: Section) -> bool:
+    """Whether a ConcatDataset is PascalVOCDataset's train.txt with the labels of aug.txt."""
+    first, *others = dataset.get("datasets") or [Section(dataset.place)]
+    prefix = first.section("data_prefix") | {"seg_map_path": "SegmentationClassAug"}
+    augmentation = first | {"ann_file": VOC[2].format("aug"), "data_prefix": prefix}
+    return first.get("type") == "PascalVOCDataset" and others == [augmentation]
+
+
+def read_concat(dataset: Section, order: tuple, split: int) -> tuple[dict, dict[str, Section]]:
+    """Like `read_dataset`, for a ConcatDataset whose data sets have the same pipeline."""
+    dataset.take("type")
+    parts = dataset.get("datasets")
+    if not parts:
+        raise UserError(f"{dataset.place}.datasets is {parts}; expected a list of data sets")
+    sections = []
+    pipelines = []
+    for part in parts:
+        section, steps = read_dataset(part, order, split)
+        if part.get("dataset") or section["type"] == "folder":
+            raise UserError(
+                f"{part.place} repeats a data set or cannot be a section of a concat. Name one "
+                'data set, and write data.type "concat" with weights into the converted config'
+            )
+        sections.append(section)
+        pipelines.append(steps)
+        if steps != pipelines[0]:
+            raise UserError(f"{part.place}.pipeline is not that of {parts[0].place}")
+    for part in parts[1:]:
+        del part["pipeline"]
+    if len({section["type"] for section in sections}) > 1:
+        note(f"{dataset.place}: set class_map in data.datasets where class names differ")
+    return {"type": "concat", "datasets": sections}, pipelines[0]
 
 
 def read_pipeline(dataset: Section, order: tuple) -> dict[str, Section]:

@@ -130,6 +130,35 @@ def test_coco_stuff_10k_is_a_folder(tmp_path: Path) -> None:
     assert section["reduce_zero_label"] is True
 
 
+def test_several_data_sets(tmp_path: Path) -> None:
+    config = dumped(OHEM)
+    usual = convert(dumped(OHEM))[0]["data"]
+    loader = config["train_dataloader"]
+    city = loader["dataset"]
+    bdd = copy.deepcopy(city) | {"type": "BDD100KDataset", "data_root": "data/bdd100k"}
+    prefix = {"img_path": "images/10k/train", "seg_map_path": "labels/sem_seg/masks/train"}
+    bdd["data_prefix"] = prefix
+    loader["dataset"] = {"type": "ConcatDataset", "datasets": [city, bdd]}
+    section = load(convert(copy.deepcopy(config))[0], tmp_path)["data"]
+    assert section["datasets"] == [
+        {"type": "cityscapes", "root": usual["root"]},
+        {"type": "bdd100k", "root": "data/bdd100k", "splits": {"val": None}},
+    ]
+    assert section["type"] == "concat"
+    assert section["scale"] == usual["scale"]
+    for text, part in {
+        "pipeline.3.cat_max_ratio = 0.9": "pipeline is not that of",
+        'img_suffix = ".bmp"': "datasets.1.img_suffix",
+        'type = "MyDataset"': "MyDataset; expected one of",
+    }.items():
+        with pytest.raises(UserError, match=part):
+            convert(change(copy.deepcopy(config), f"train_dataloader.dataset.datasets.1.{text}"))
+    repeated = {"type": "RepeatDataset", "times": 3, "dataset": bdd}
+    loader["dataset"]["datasets"][1] = repeated
+    with pytest.raises(UserError, match="repeats a data set"):
+        convert(config)
+
+
 def test_amp_clip_and_accumulation(tmp_path: Path) -> None:
     config = dumped(SWIN)
     config["optim_wrapper"] |= {
