@@ -440,6 +440,37 @@ class Loss(nn.Module):
         return self.loss_weight * total / normalizer
 
 
+class PlainLoss(Loss):
+    """Makes a loss of any module `forward(logits, label)` -> scalar, a mean over the batch.
+
+    logits: (N, C, H, W), float32, at the resolution of the label; the whole batch at once.
+    label: (N, H, W), int64, 255 where ignored.
+
+    The value is averaged over processes and micro-batches: a mean of means.
+    """
+
+    depends_on_batch = True
+
+    def __init__(
+        self, module: nn.Module, /, *, loss_weight: float = 1.0, loss_name: str | None = None
+    ):
+        name = loss_name or f"loss_{type(module).__name__.lower()}"
+        super().__init__(loss_weight=loss_weight, loss_name=name)
+        self.module = module
+
+    def forward(self, logits, label, align_corners=False, weight=None, normalizer=None):
+        # Not through ChunkedLoss, as the module may have parameters.
+        with without_autocast(logits.device):
+            logits = resize(upcast(logits), label.unsqueeze(1), align_corners)
+            loss = self.module(logits, label.long())
+        if not isinstance(loss, Tensor) or loss.dim() > 0:
+            raise UserError(f"{type(self.module).__name__} must return a scalar, such as a mean")
+        return self.loss_weight * loss
+
+    def normalizer(self, label: Tensor, channels: int) -> int:
+        return 1
+
+
 class CrossEntropyLoss(Loss):
     """Cross entropy, averaged over all pixels, ignored ones included, as in MMSegmentation.
 
@@ -2334,6 +2365,26 @@ BACKBONES = {
 }
 
 
+def check_map_count(features: list[Tensor], expected: int) -> None:
+    if len(features) != expected:
+        raise UserError(f"needs {expected} feature maps, but the backbone gives {len(features)}")
+
+
+def check_maps(features: list[Tensor], indices: list[int], channels: list[int]) -> None:
+    """Raise UserError unless features[indices[i]] has channels[i] channels, for every i."""
+    found = [x.shape[1] for x in features]
+    for index, expected in zip(indices, channels):
+        if not -len(found) <= index < len(found):
+            raise UserError(
+                f"in_index is {index}, but there are {len(found)} feature maps, of {found} channels"
+            )
+        if found[index] != expected:
+            raise UserError(
+                f"in_channels is {expected}, but feature map {index} has {found[index]} channels; "
+                f"all maps have {found}"
+            )
+
+
 # ---------------------------------------------- Necks: list of feature maps -> list of feature maps
 class FPN(nn.Module):
     """Feature Pyramid Network (https://arxiv.org/abs/1612.03144).
@@ -2356,6 +2407,7 @@ class FPN(nn.Module):
             raise UserError(
                 f"num_outs is {num_outs}; it must be {len(in_channels)}, the number of in_channels"
             )
+        self.in_channels = in_channels
         self.lateral_convs = nn.ModuleList(
             ConvModule(c, out_channels, norm=False, act=None) for c in in_channels
         )
@@ -2367,8 +2419,10 @@ class FPN(nn.Module):
                 nn.init.xavier_uniform_(m.weight)
 
     def forward(self, features):
+        check_map_count(features, len(self.in_channels))
+        check_maps(features, range(len(features)), self.in_channels)
         # (N, out_channels, h, w) each
-        maps = [conv(x) for conv, x in zip(self.lateral_convs, features, strict=True)]
+        maps = [conv(x) for conv, x in zip(self.lateral_convs, features)]
         for i in reversed(range(len(maps) - 1)):
             maps[i] = maps[i] + F.interpolate(maps[i + 1], maps[i].shape[2:])
         return [conv(x) for conv, x in zip(self.fpn_convs, maps)]
@@ -2384,6 +2438,7 @@ class Feature2Pyramid(nn.Module):
 
     def __init__(self, *, embed_dim: int):
         super().__init__()
+        self.embed_dim = embed_dim
         c = embed_dim
         self.upsample_4x = nn.Sequential(
             nn.ConvTranspose2d(c, c, 2, 2),
@@ -2394,6 +2449,8 @@ class Feature2Pyramid(nn.Module):
         self.upsample_2x = nn.Sequential(nn.ConvTranspose2d(c, c, 2, 2))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:  # (N, embed_dim, h, w) each
+        check_map_count(features, 4)
+        check_maps(features, range(4), [self.embed_dim] * 4)
         a, b, c, d = features
         return [self.upsample_4x(a), self.upsample_2x(b), c, F.max_pool2d(d, 2)]
 
@@ -2445,6 +2502,7 @@ class DecodeHead(nn.Module):
         self.check_inputs()
         self.check_outputs()
         if self.input_transform == "resize_concat":
+            self.concat_channels = in_channels  # of each map
             self.in_channels = sum(in_channels)
         if self.out_channels > 1:
             self.threshold = 0.5  # the class with the largest logit
@@ -2452,10 +2510,7 @@ class DecodeHead(nn.Module):
             self.threshold = 0.3  # as in MMSegmentation
 
         losses = loss_decode if isinstance(loss_decode, (list, tuple)) else [loss_decode]
-        self.loss_decode = nn.ModuleList(
-            construct(LOSSES, {"type": "CrossEntropyLoss", **loss}, "loss_decode")
-            for loss in losses
-        )
+        self.loss_decode = nn.ModuleList(build_loss(loss, "loss_decode") for loss in losses)
         self.sampler = construct(SAMPLERS, sampler, "sampler") if sampler else None
         self.check_losses()
 
@@ -2491,6 +2546,8 @@ class DecodeHead(nn.Module):
     def check_losses(self):
         if not self.loss_decode:
             raise UserError("loss_decode is empty; leave it out for CrossEntropyLoss")
+        if self.sampler and any(isinstance(loss, PlainLoss) for loss in self.loss_decode):
+            raise UserError("a sampler needs losses that take pixel weights, as subclasses of Loss")
         if self.out_channels > 1:
             return
         if self.sampler is not None:
@@ -2501,7 +2558,12 @@ class DecodeHead(nn.Module):
 
     def select(self, features: list[Tensor]) -> Tensor | list[Tensor]:
         if self.input_transform is None:
+            check_maps(features, [self.in_index], [self.in_channels])
             return features[self.in_index]
+        channels = self.in_channels
+        if self.input_transform == "resize_concat":
+            channels = self.concat_channels
+        check_maps(features, self.in_index, channels)
         selected = [features[i] for i in self.in_index]
         if self.input_transform == "resize_concat":
             return self.concat(selected)
@@ -2823,6 +2885,7 @@ class DepthwiseSeparableASPPHead(ASPPHead):
         super().__init__(**kwargs)
         self.c1_bottleneck = None
         decoder_channels = self.channels
+        self.c1_in_channels = c1_in_channels
         if c1_in_channels:
             self.c1_bottleneck = ConvModule(c1_in_channels, c1_channels)
             decoder_channels += c1_channels
@@ -2837,6 +2900,8 @@ class DepthwiseSeparableASPPHead(ASPPHead):
         return SeparableConvModule(self.in_channels, self.channels, dilation=dilation)
 
     def select(self, features):
+        if self.c1_in_channels:
+            check_maps(features, [0], [self.c1_in_channels])
         return super().select(features), features[0]
 
     def decode(self, xs):
@@ -2933,7 +2998,7 @@ class EncHead(DecodeHead):
     """EncNet (https://arxiv.org/abs/1803.08904).
 
     use_se_loss: also learn to predict which classes the image contains.
-    loss_se_decode: the section of that loss, of which only loss_weight can be chosen.
+    loss_se_decode: the section of that loss, of which loss_weight and loss_name can be chosen.
     """
 
     input_transform = "multiple_select"
@@ -2947,15 +3012,17 @@ class EncHead(DecodeHead):
         self.enc_module = EncModule(self.channels, num_codes)
         self.se_layer = None
         if use_se_loss:
-            defaults = {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 0.2}
-            loss = construct(LOSSES, defaults | loss_se_decode, "loss_se_decode")
+            defaults = {"use_sigmoid": True, "loss_weight": 0.2}
+            loss = build_loss(defaults | loss_se_decode, "loss_se_decode")
             cross_entropy = type(loss) is CrossEntropyLoss and loss.use_sigmoid
             if not cross_entropy or loss.class_weight is not None:
                 raise UserError(
                     "loss_se_decode is always CrossEntropyLoss with use_sigmoid and without "
-                    "class_weight; only its loss_weight can be set"
+                    "class_weight; only its loss_weight and loss_name can be set"
                 )
+            # No class is ignored, so avg_non_ignore would change nothing.
             self.se_weight = loss.loss_weight
+            self.se_name = loss_se_decode.get("loss_name", "loss_se")
             self.se_layer = nn.Linear(self.channels, self.num_classes)
 
     def forward(self, features):
@@ -2974,7 +3041,7 @@ class EncHead(DecodeHead):
             # Ignored pixels go into the last column, which is cut off.
             present.scatter_(1, label.long().clamp(max=classes).flatten(1), 1)
             se_loss = F.binary_cross_entropy_with_logits(logits, present[:, :-1])
-            losses["loss_se"] = self.se_weight * se_loss
+            losses[self.se_name] = self.se_weight * se_loss
         return losses
 
 
@@ -3306,6 +3373,9 @@ class PIDHead(DecodeHead):
         return branch
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+        check_map_count(features, 3)
+        c = self.in_channels
+        check_maps(features, range(3), [c // 2, c, c // 2])
         p, fused, d = features
         return {"": self.conv_seg(self.dropout(self.i_head(fused))), "p": p, "d": d}
 
@@ -3353,6 +3423,21 @@ HEADS = {
 
 
 # -------------------------------------------------------------------------------- The whole network
+def as_feature_maps(output: Tensor | list | tuple | dict) -> list[Tensor]:
+    """The feature maps that a backbone returns: one, or a list, tuple or dict of them."""
+    if isinstance(output, dict):
+        output = output.values()
+    maps = [output] if isinstance(output, Tensor) else list(output)
+    for x in maps:
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            kind = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(
+                f"the backbone returns {kind} where a feature map (N, C, h, w) is expected; leave "
+                "out pooling and classifier"
+            )
+    return maps
+
+
 class Segmentor(nn.Module):
     """Backbone, neck and heads.
 
@@ -3383,7 +3468,7 @@ class Segmentor(nn.Module):
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
         self.pretrained = pretrained
-        self.in_channels = backbone.in_channels
+        self.in_channels = getattr(backbone, "in_channels", None)  # None: a plain module
         self.num_classes = last.num_classes
         self.out_channels = last.out_channels
         self.threshold = last.threshold
@@ -3403,7 +3488,7 @@ class Segmentor(nn.Module):
         label: Tensor | None = None,
         normalizers: dict[str, Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        features = self.backbone(image)
+        features = as_feature_maps(self.backbone(image))
         if self.neck is not None:
             features = self.neck(features)
         losses = {}
@@ -3460,7 +3545,9 @@ class Segmentor(nn.Module):
         """The losses and samplers that compare the images of a forward pass with each other."""
         parts = []
         for module in self.modules():
-            if isinstance(module, Loss) and module.depends_on_batch:
+            if isinstance(module, PlainLoss):
+                parts.append(module.module)
+            elif isinstance(module, Loss) and module.depends_on_batch:
                 parts.append(module)
             if isinstance(module, DecodeHead) and module.sampler is not None:
                 parts.append(module.sampler)
@@ -3696,21 +3783,81 @@ def construct(table: dict[str, type], section: dict, place: str):
     kind = str(section.pop("type", None)).removeprefix("mmpretrain.")
     if kind not in table:
         raise ConfigError(f"{place}.type: is {kind!r}; {suggest(kind, list(table))}")
-    section = without_fixed(table[kind], section, place)
-    check_keywords(table[kind], section, place)
+    part_class = table[kind]
+    section = without_fixed(part_class, section, place)
+    check_keywords(part_class, section, place)
     try:
-        return table[kind](**section)
+        return part_class(**section)
     except ConfigError as error:  # in a section within this one
         raise ConfigError(f"{place}.{error}") from None
     except UserError as error:
         raise ConfigError(f"{place}: {error}") from error
-    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
-        # An invalid value that only torch notices, or a bug in a user's module.
-        where = traceback.extract_tb(error.__traceback__)[-1]
+    except Exception as error:
+        # A section within this one has been judged by its own call of this function.
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        calls = [frame.f_locals for frame in frames if frame.f_code is construct.__code__]
+        if not is_invalid_value(error, calls[-1]["part_class"]):
+            raise
         raise ConfigError(
-            f"{place}: {kind} cannot be built of these values: {error} "
-            f"({os.path.basename(where.filename)}, line {where.lineno})"
+            f"{place}: {kind} cannot be built of these values: {error} ({code_line(error)})"
         ) from error
+
+
+# The classes of this file. In one of them, an error of torch means a wrong value in the config; in
+# one that was added to the tables, it is a bug, whose traceback its author needs to see.
+OWN = {c for table in (BACKBONES, NECKS, HEADS, LOSSES, SAMPLERS) for c in table.values()}
+OWN.add(Segmentor)
+
+
+def is_invalid_value(error: Exception, part_class: Callable) -> bool:
+    """Whether `error`, raised in a part of the network, is due to a value in the config."""
+    kinds = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
+    return part_class in OWN and isinstance(error, kinds) and not needs_data(error)
+
+
+def part_class_of(error: Exception, model: Segmentor) -> type:
+    """The class of the backbone, neck, head or loss whose code a forward pass failed in.
+
+    Segmentor's, if it is none of them.
+    """
+    found = model
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if not isinstance(module, nn.Module):
+            continue
+        is_plain = module is model.backbone or module is model.neck
+        if is_plain or isinstance(module, (Backbone, DecodeHead, Loss)):
+            found = module
+    return type(found)
+
+
+def needs_data(error: Exception) -> bool:
+    """Whether `error` is due to the meta device, whose tensors have shapes but no values."""
+    of_meta_tensors = r"\bmeta (tensor|device)|device meta|expected device|Tensor\.__format__"
+    return isinstance(error, NotImplementedError) or bool(re.search(of_meta_tensors, str(error)))
+
+
+def code_line(error: Exception) -> str:
+    """Where in this code, not within torch, an error was raised: "models.py, line 12"."""
+    torch_folder = os.path.dirname(torch.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(torch_folder)]
+    return f"{os.path.basename(own[-1].filename)}, line {own[-1].lineno}"
+
+
+def build_loss(section: dict, place: str) -> Loss:
+    """Build a loss. One that is no subclass of `Loss` is made one by PlainLoss."""
+    section = {"type": "CrossEntropyLoss"} | section
+    loss_class = LOSSES.get(str(section["type"]))
+    if loss_class is None or (isinstance(loss_class, type) and issubclass(loss_class, Loss)):
+        return construct(LOSSES, section, place)
+    known = keywords(loss_class)
+    common = {}
+    for key in ("loss_weight", "loss_name"):
+        if key in section and key not in known:
+            common[key] = section.pop(key)
+    check_keywords(PlainLoss, common, place)
+    return PlainLoss(construct(LOSSES, section, place), **common)
 
 
 def build_model(cfg: dict) -> Segmentor:
@@ -3798,12 +3945,14 @@ def load_pretrained(model: Segmentor) -> str | None:
     backbone = model.backbone
     try:
         exists = os.path.exists(name)
-        state = read_weights(name) if exists else fetch(name, backbone.torchvision_name)
+        torchvision_name = getattr(backbone, "torchvision_name", None)
+        state = read_weights(name) if exists else fetch(name, torchvision_name)
         state = plain_state(state)
         of_backbone = [key for key in state if key.startswith("backbone.")]
         if of_backbone:
             state = {key.removeprefix("backbone."): state[key] for key in of_backbone}
-        if any(key.startswith("features.") for key in state):
+        is_torchvision = any(key.startswith("features.") for key in state)
+        if is_torchvision and isinstance(backbone, Backbone):
             state = backbone.from_torchvision(state)
         return f"pretrained {name}: {load_matching(backbone, state)}"
     except UserError as error:

@@ -181,12 +181,14 @@ SECTIONS = {"evaluation": Evaluation, "checkpoint": Checkpoint, "log": Logging}
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> dict:
-    """Reads and checks a config as `read_config` does. Returns it as plain types."""
-    return asdict(read_config(path, options))
+    """Reads and checks a config and its network. Returns it as plain types."""
+    config = read_config(path, options)
+    check_network(config)
+    return asdict(config)
 
 
 def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
-    """Reads a JSON config, applies `K=V` options, and checks all that needs no data.
+    """Reads a JSON config, applies `K=V` options, and checks all that needs no network or data.
 
     Raises ConfigError with the place of what is wrong.
     """
@@ -275,8 +277,6 @@ def check_config(config: Config) -> None:
     schedule = config.schedule
     check_keywords(learning_rate, {"iteration": 0, "base_lr": 0.0} | schedule, "schedule")
     learning_rate(0, 1.0, **schedule)
-    model = dry_run(config, batch_size=2)
-    build_optimizer(model, **config.optimizer)
 
 
 def check_data_section(section: dict) -> None:
@@ -310,54 +310,86 @@ def check_data_set(section: dict, owner: type, place: str) -> None:
     check_parameters(f"data set {kind}", known, section, place)
 
 
-def dry_run(config: Config, batch_size: int) -> Segmentor:
-    """Builds the network on the meta device and runs one training step's forward pass there.
+def check_network(config: Config, batch_size: int = 2) -> list[str]:
+    """Builds the network and the optimizer without memory, and runs the forward pass on shapes.
 
-    That costs neither memory nor time. Raises ConfigError if the parts do not fit together.
+    Returns notes for the log on what could not be checked. Raises ConfigError if the parts of the
+    network do not fit together. An exception in a user's module shows at the first iteration.
     """
-    calls = []  # (name, module, inputs) of each module in the order of the calls
+    notes = []
+    try:
+        with torch.device("meta"):
+            model = models.build_model(config.model).train()
+    except UserError:
+        raise
+    except Exception as error:
+        notes.append(f"the network is not checked without data, as it cannot be built so: {error}")
+        model = None
+    if model is None:
+        # A bug in a user's module shows here as it is.
+        model = models.build_model(config.model)
+    else:
+        notes += dry_run(model, config, batch_size)
+    build_optimizer(model, **config.optimizer)
+    return notes
+
+
+def dry_run(model: Segmentor, config: Config, batch_size: int) -> list[str]:
+    """Runs one training step's forward pass on the meta device. Returns notes for the log."""
+    running = []  # (name, module, inputs) of the modules whose forward pass has not ended
+
+    def enter(name: str, module: nn.Module, inputs: tuple) -> None:
+        running.append((name, module, inputs))
+
+    def leave(*_) -> None:
+        running.pop()
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(functools.partial(enter, name))
+        module.register_forward_hook(leave)
     crop_size = config.data["crop_size"]
+    channels = config.data.get("in_channels", 3)
+    if model.in_channels not in (None, channels):
+        raise ConfigError(
+            f"model.backbone.in_channels is {model.in_channels}, but data.in_channels {channels}"
+        )
     with torch.device("meta"):
-        model = models.build_model(config.model).train()
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(
-                lambda module, inputs, name=name: calls.append((name, module, inputs))
-            )
-        image = torch.zeros(batch_size, model.in_channels, *crop_size)
+        image = torch.zeros(batch_size, channels, *crop_size)
         label = torch.zeros(batch_size, *crop_size, dtype=torch.uint8)
         try:
             model(image, label)
-        except NotImplementedError:  # an operation of the user's module has no meta kernel
-            pass
-        except (
-            UserError,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-        ) as error:
-            raise dry_run_error(error, calls, batch_size, crop_size) from error
-    return model
-
-
-def dry_run_error(
-    error: Exception, calls: list[tuple], batch_size: int, crop_size: list[int]
-) -> ConfigError:
-    """Names the module in which the forward pass failed, and the shapes of its inputs."""
-    if "more than 1 value per channel" in str(error):
-        return ConfigError(
-            "a batch norm of this network would see one value per channel, which has no "
+            return []
+        except Exception as error:
+            failure = error
+    name, module, inputs = running[-1]
+    place = f"{name or 'model'}, {type(module).__name__}, fed with {shapes(inputs)}"
+    if "more than 1 value per channel" in str(failure):
+        raise ConfigError(
+            f"{place}: a batch norm of this network would see one value per channel, which has no "
             f"variance: a process takes {batch_size} image at a time and a layer pools it to "
             "1 x 1. Raise data.batch_size, lower data.accumulate, or start more processes."
         )
-    if not calls:
-        return ConfigError(f"data.crop_size: {crop_size}: {error}")
-    name, module, inputs = calls[-1]
-    shapes = [list(x.shape) for x in inputs if isinstance(x, Tensor)]
-    return ConfigError(
-        f"model: its parts do not fit together: {name}, {module}, fed with {shapes}: {error}"
-    )
+    if isinstance(failure, UserError):
+        raise ConfigError(f"{'.'.join(['model', name]).rstrip('.')}: {failure}")
+    part_class = models.part_class_of(failure, model)
+    if models.is_invalid_value(failure, part_class):
+        raise ConfigError(
+            f"model: {part_class.__name__} fails on a crop of {crop_size}: {place}: {failure} "
+            f"({models.code_line(failure)})"
+        ) from failure
+    reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+    return [f"the network is not checked without data: {place}: {reason}"]
+
+
+def shapes(value: object) -> object:
+    """The shapes of the tensors in nested lists and dicts; other values by their type."""
+    if isinstance(value, Tensor):
+        return list(value.shape)
+    if isinstance(value, (list, tuple)):
+        return [shapes(item) for item in value]
+    if isinstance(value, dict):
+        return {key: shapes(item) for key, item in value.items()}
+    return type(value).__name__
 
 
 def differences(old: object, new: object, key: str = "") -> list[str]:
@@ -1553,7 +1585,7 @@ def load_data(args: argparse.Namespace, config: Config, device: torch.device) ->
     data = Data(**config.data, seed=config.seed).to(device)
     takes_one_image = data.batch_size == data.accumulate and dist_utils.world_size() == 1
     if takes_one_image and not args.eval_only:  # several processes would share their statistics
-        dry_run(config, batch_size=1)
+        check_network(config, batch_size=1)
     data.check(train=not args.eval_only, val=args.eval_only or not args.no_validate)
     if args.show_dir:
         make_folder(args.show_dir)
@@ -1569,8 +1601,13 @@ def make_folder(path: str) -> Path:
     return folder
 
 
-def run(args: argparse.Namespace, config: Config, device: torch.device) -> str:  # noqa: PLR0915
-    """One experiment from its config to its end: "done", or "stopped" by a signal, state saved."""
+def run(  # noqa: PLR0915
+    args: argparse.Namespace, config: Config, device: torch.device, notes: Sequence[str] = ()
+) -> str:
+    """One experiment from its config to its end: "done", or "stopped" by a signal, state saved.
+
+    notes: for the log.
+    """
     rank = dist_utils.rank()
     world_size = dist_utils.world_size()
     max_iters = config.schedule["max_iters"]
@@ -1592,7 +1629,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> str: 
 
     # Where to start.
     state = TrainState(model, optimizer, scaler, with_ema=config.ema_decay is not None)
-    notes = initialize(state, args, config)
+    notes = [*notes, *initialize(state, args, config)]
     start = state.iteration
     net = wrap(model, config)
     batches = None
@@ -1749,11 +1786,12 @@ def main(argv: Sequence[str] | None = None) -> str:
         data = Data(**normalization | config.data, seed=config.seed)
         check_every_sample(data, folder / "contact_sheet.png")
         return "done"
+    notes = check_network(config)
     if config.deterministic:  # cuBLAS reads this when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = dist_utils.init(timeout=config.timeout)
     try:
-        ending = run(args, config, device)
+        ending = run(args, config, device, notes)
         # Not after an error: cleaning up would wait for processes that may be gone.
         dist_utils.cleanup()
         return ending

@@ -74,22 +74,32 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _train(argv: list[str], env: dict[str, str], log: str, folder: str) -> None:
-    """Runs train.py in this process."""
+def _train(argv: list[str], env: dict[str, str], log: str, folder: str, code: str) -> None:
+    """Runs the train.py in the folder `code` in this process."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(env)
     os.chdir(folder)
     sys.argv = ["train.py", *argv]
-    sys.path.insert(0, str(ROOT))
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    sys.path.insert(0, code)
+    runpy.run_path(f"{code}/train.py", run_name="__main__")
 
 
 class Run:
-    """`python train.py ARGV` in `folder`, as one process or as `world_size` processes."""
+    """`python train.py ARGV` in `folder`, as one process or as `world_size` processes.
 
-    def __init__(self, argv: list, folder: Path, world_size: int = 1, env: dict | None = None):
+    code: the folder of train.py and the other modules.
+    """
+
+    def __init__(
+        self,
+        argv: list,
+        folder: Path,
+        world_size: int = 1,
+        env: dict | None = None,
+        code: Path = ROOT,
+    ):
         self.logs = [folder / f"rank{rank}.out" for rank in range(world_size)]
         self.processes = []
         argv = [str(argument) for argument in argv]
@@ -101,7 +111,8 @@ class Run:
                 environment |= rank_environment(rank, world_size, port)
             if env:
                 environment |= env
-            process = SERVER.Process(target=_train, args=(argv, environment, str(log), str(folder)))
+            arguments = (argv, environment, str(log), str(folder), str(code))
+            process = SERVER.Process(target=_train, args=arguments)
             process.start()
             self.processes.append(process)
 

@@ -1,0 +1,291 @@
+"""A user's own parts: plain modules work as they are, and their bugs show as plain tracebacks."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Run, write_config
+from torch import nn
+
+import models
+import train
+from models import ConfigError, DecodeHead
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A copy of the modules, which a test may change."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def run_code(code: Path, config: dict, *argv, world_size: int = 1, expect: int = 0) -> str:
+    """The output of a run of these modules, which must end with the exit code `expect`."""
+    argv = ["--config", write_config(config, code), *argv]
+    process = Run(argv, code, world_size, code=code)
+    codes = process.wait()
+    assert set(codes) == {expect}, process.output()
+    return process.output()
+
+
+def check_network(config: dict, tmp_path: Path) -> list[str]:
+    return train.check_network(train.read_config(write_config(config, tmp_path)))
+
+
+# ------------------------------------------------------------------------- The check without data
+
+# What a plain training script may do, but a tensor without values cannot.
+NEEDS_VALUES = {
+    "item": lambda x: x.mean().item(),
+    "float": lambda x: print(float(x.mean())),
+    "if": lambda x: 1 if (x > 0).any() else 0,
+    "assert": lambda x: bool(torch.isfinite(x).all()) or 1 / 0,
+    "format": lambda x: f"{x.mean():.3f}",
+    "numpy": lambda x: x.detach().numpy(),
+    "mask": lambda x: x[x > 0],
+    "constant": lambda x: x + torch.from_numpy(np.ones(1, np.float32)),
+}
+
+
+class Curious(DecodeHead):
+    """Looks at the values of its input."""
+
+    def __init__(self, *, way: str, **kwargs):
+        super().__init__(**kwargs)
+        self.way = way
+        self.rates = []
+        if way == "init":
+            self.rates = [r.item() for r in torch.linspace(0, 0.1, 3)]
+        self.conv = nn.Conv2d(self.in_channels, self.channels, 1)
+
+    def decode(self, x):
+        if self.way != "init":
+            NEEDS_VALUES[self.way](x)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("way", ["init", *NEEDS_VALUES])
+@pytest.mark.parametrize("is_own", [False, True])
+def test_what_needs_values_is_not_refused(tiny, tmp_path, monkeypatch, way, is_own):
+    """In a user's head, and in one of models.py that a user has edited."""
+    monkeypatch.setitem(models.HEADS, "Curious", Curious)
+    monkeypatch.setattr(models, "OWN", models.OWN | {Curious} if is_own else models.OWN)
+    tiny["model"]["decode_head"] = {
+        "type": "Curious",
+        "way": way,
+        "in_channels": 64,
+        "channels": 8,
+        "num_classes": 8,
+    }
+    (note,) = check_network(tiny, tmp_path)
+    assert note.startswith("the network is not checked without data")
+    assert "\n" not in note
+    if way != "init":
+        assert "decode_head, Curious, fed with [[[2, 8, 12, 12], [2, 16, 6, 6]" in note
+
+
+BUGGY = """
+
+
+class Buggy(DecodeHead):
+    def __init__(self, *, way: str, **kwargs):
+        super().__init__(**kwargs)
+        if way == "init":
+            self.conv = nn.Conv2d(self.in_channels, self.channels, 3, groups=7)
+        self.conv = nn.Conv2d(self.in_channels + 1, self.channels, 1)
+
+    def decode(self, x):
+        return self.conv(x)
+
+
+HEADS["Buggy"] = Buggy
+"""
+
+
+@pytest.mark.parametrize("way", ["init", "decode"])
+def test_bug_shows_as_a_plain_traceback(tiny, code, way):
+    with open(code / "models.py", "a") as file:
+        file.write(BUGGY)
+    head = {"type": "Buggy", "way": way, "in_channels": 64, "channels": 8, "num_classes": 8}
+    tiny["model"]["decode_head"] = head
+    output = run_code(code, tiny, expect=1)
+    assert output.count("Traceback") == 1
+    before, trace = output.split("Traceback")
+    own_frames = re.findall(r'File "([^"]*)", line \d+, in (\w+)', trace)
+    own_frames = [(Path(file).name, name) for file, name in own_frames if "/torch/" not in file]
+    lines = {"init": "self.conv = nn.Conv2d(self.in_channels, self.channels, 3, groups=7)"}
+    assert own_frames[-1] == ("models.py", "__init__" if way == "init" else "decode")
+    assert lines.get(way, "return self.conv(x)") in trace
+    assert "error: " not in output
+    assert "fit together" not in output
+    assert "(backbone): " not in output  # the whole network printed
+    if way == "decode":
+        assert "decode_head.conv, Conv2d, fed with [[2, 64, 6, 6]]: RuntimeError" in before
+
+
+@pytest.mark.parametrize(
+    "section,keys,parts",
+    [
+        ("decode_head", {"in_channels": 63}, ["model.decode_head", "63", "[8, 16, 32, 64]"]),
+        ("decode_head", {"in_index": 4}, ["model.decode_head", "in_index is 4", "4 feature maps"]),
+        (
+            "decode_head",
+            {"in_channels": [8, 17], "in_index": [0, 1], "input_transform": "resize_concat"},
+            ["model.decode_head", "in_channels is 17", "feature map 1 has 16"],
+        ),
+        (
+            "neck",
+            {"type": "FPN", "in_channels": [8, 16, 32], "out_channels": 64, "num_outs": 3},
+            ["model.neck", "needs 3 feature maps, but", "gives 4"],
+        ),
+        (
+            "neck",
+            {"type": "FPN", "in_channels": [8, 16, 32, 65], "out_channels": 64, "num_outs": 4},
+            ["model.neck", "65", "64"],
+        ),
+        ("neck", {"type": "Feature2Pyramid", "embed_dim": 8}, ["model.neck", "16"]),
+        (
+            "decode_head",
+            {"type": "PIDHead", "loss_decode": [{}] * 4},
+            ["model.decode_head", "needs 3 feature maps"],
+        ),
+        ("backbone", {"in_channels": 4}, ["model.backbone.in_channels is 4", "in_channels 3"]),
+        ("backbone", {"num_heads": [5, 6, 12, 24]}, ["SwinTransformer", "models.py, line"]),
+    ],
+)
+def test_parts_that_do_not_fit_are_one_line(tiny, tmp_path, section, keys, parts):
+    if keys.get("type") == "PIDHead":
+        tiny["model"]["decode_head"].pop("pool_scales")
+    if "num_heads" in keys:
+        keys = {"type": "SwinTransformer", **keys}
+        tiny["model"]["backbone"] = {}
+    tiny["model"].setdefault(section, {}).update(keys)
+    with pytest.raises(ConfigError) as error:
+        check_network(tiny, tmp_path)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+# ---------------------------------------------------------------------------------- Plain modules
+
+
+class PlainBackbone(nn.Module):
+    """Returns its maps in the given kind of container."""
+
+    def __init__(self, *, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.layer = nn.Conv2d(8, 16, 3, 2, 1)
+
+    def forward(self, image):
+        fine = self.stem(image)
+        coarse = self.layer(fine)
+        if self.kind == "tensor":
+            return coarse
+        if self.kind == "dict":
+            return {"fine": fine, "coarse": coarse}
+        if self.kind == "tuple":
+            return fine, coarse
+        if self.kind == "list":
+            return [fine, coarse]
+        return coarse.mean((2, 3))
+
+
+class PlainLoss(nn.Module):
+    """Cross entropy with a temperature that is learned."""
+
+    def __init__(self, *, start: float = 1.0):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(start))
+
+    def forward(self, logits, label):
+        assert logits.shape[2:] == label.shape[1:]
+        assert logits.dtype == torch.float32
+        return nn.functional.cross_entropy(logits * self.temperature, label, ignore_index=255)
+
+
+@pytest.fixture
+def plain(tiny, monkeypatch) -> dict:
+    """The tiny config with a plain backbone and a plain loss."""
+    monkeypatch.setitem(models.BACKBONES, "PlainBackbone", PlainBackbone)
+    monkeypatch.setitem(models.LOSSES, "PlainLoss", PlainLoss)
+    tiny["model"] = {
+        "backbone": {"type": "PlainBackbone", "kind": "list"},
+        "decode_head": {
+            "type": "FCNHead",
+            "in_channels": 16,
+            "channels": 8,
+            "num_classes": 8,
+            "dropout_ratio": 0.0,
+            "loss_decode": [{"type": "PlainLoss", "start": 2.0, "loss_weight": 0.5}, {}],
+        },
+    }
+    return tiny
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "tensor"])
+def test_plain_backbone(plain, tmp_path, kind):
+    plain["model"]["backbone"]["kind"] = kind
+    assert check_network(plain, tmp_path) == []
+
+
+def test_backbone_that_returns_no_maps(plain, tmp_path):
+    plain["model"]["backbone"]["kind"] = "vector"
+    with pytest.raises(ConfigError, match=r"model: the backbone returns \[2, 16\] where a feature"):
+        check_network(plain, tmp_path)
+
+
+def test_plain_loss(plain):
+    """It is given logits at the label's resolution, weighted, named, and its parameters learn."""
+    torch.manual_seed(0)
+    model = models.build_model(plain["model"])
+    image = torch.randn(2, 3, 32, 32)
+    label = torch.randint(0, 8, (2, 32, 32), dtype=torch.uint8)
+    label[:, :9] = 255
+    losses = model(image, label)
+    assert set(losses) == {"decode.loss_plainloss", "decode.loss_ce"}
+    logits = nn.functional.interpolate(model(image), (32, 32), mode="bilinear")
+    expected = nn.functional.cross_entropy(2 * logits, label.long(), ignore_index=255)
+    torch.testing.assert_close(losses["decode.loss_plainloss"], 0.5 * expected)
+    losses["decode.loss_plainloss"].backward()
+    assert model.decode_head.loss_decode[0].module.temperature.grad.abs() > 0
+    assert model.batch_dependent_parts() == ["PlainLoss"]
+
+
+@pytest.mark.parametrize(
+    "loss,part",
+    [
+        ({"stat": 1.0}, "PlainLoss has no such keyword; did you mean start"),
+        ({"loss_weight": "high"}, "loss_decode.loss_weight: is 'high'"),
+        ({"sampler": 1}, "sampler: PlainLoss has no such keyword"),
+    ],
+)
+def test_errors_of_a_plain_loss(plain, loss, part):
+    plain["model"]["decode_head"]["loss_decode"] = {"type": "PlainLoss", **loss}
+    with pytest.raises(ConfigError) as error:
+        models.build_model(plain["model"])
+    assert part in str(error.value)
+
+
+def test_plain_loss_takes_no_sampler(plain):
+    plain["model"]["decode_head"]["sampler"] = {"type": "OHEMPixelSampler"}
+    with pytest.raises(ConfigError, match="a sampler needs losses that take pixel weights"):
+        models.build_model(plain["model"])
+
+
+def test_loss_of_torch(plain, monkeypatch):
+    monkeypatch.setitem(models.LOSSES, "Torch", nn.CrossEntropyLoss)
+    loss = {"type": "Torch", "ignore_index": 255, "loss_name": "loss_torch"}
+    plain["model"]["decode_head"]["loss_decode"] = [loss, {}]
+    model = models.build_model(plain["model"])
+    label = torch.randint(0, 8, (2, 32, 32), dtype=torch.uint8)
+    losses = model(torch.randn(2, 3, 32, 32), label)
+    torch.testing.assert_close(losses["decode.loss_torch"], losses["decode.loss_ce"])
