@@ -15,15 +15,18 @@ crop are scaled, and colors are distorted on the device, for the whole batch at 
 
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import functools
 import glob
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
 import os
+import random
 import signal
 import tempfile
 import time
@@ -419,6 +422,11 @@ class Folder:
         if not in_range or (classes == INVALID).any():
             raise DataError(self.explain_bad_values(label, label_path))
         return image, classes
+
+    @property
+    def settings(self) -> tuple:
+        """What decides, beside the files, what load() returns."""
+        return self.in_channels, self.table.tobytes()
 
     def stamp(self) -> str:
         """A hash that changes with the labels: their paths, sizes and times, and their meaning."""
@@ -1134,8 +1142,93 @@ class Concat:
         return digest.hexdigest()
 
 
-# The data sets of config key data.type. Each has `classes`, `palette`, len(), name(i),
-# size(i) -> (height, width), and load(i) -> image (H, W, C) and label (H, W) uint8, 255 = ignored.
+class PlainDataset:
+    """Completes a data set that has only `classes`, len(), and load(i) or [i] -> image, label.
+
+    image: (H, W) or (H, W, C), as a NumPy array or a PIL image; a tensor is (C, H, W).
+    label: (H, W), an integer for each pixel: the index of its class, or 255 to ignore it.
+
+    If it has `palette`, name(i) or size(i), they are used. If it has paths(i), the files that a
+    sample is read from, its samples can be cached.
+    """
+
+    def __init__(self, dataset, kind: str, in_channels: int, keywords: dict):
+        if not hasattr(dataset, "classes") or not hasattr(dataset, "__len__"):
+            raise DataError(f"data.type: {kind} needs the names of its `classes`, and len()")
+        self.dataset = dataset
+        self.kind = kind
+        self.in_channels = in_channels
+        self.classes = list(dataset.classes)
+        self.palette = getattr(dataset, "palette", voc_palette(len(self.classes)))
+        # Decides, beside the files, what load() returns.
+        self.settings = (kind, in_channels, sorted(keywords.items()), source_of(dataset))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def paths(self, i: int) -> list[str]:
+        return [os.fspath(path) for path in self.dataset.paths(i)]
+
+    def name(self, i: int) -> str:
+        if hasattr(self.dataset, "name"):
+            return self.dataset.name(i)
+        if hasattr(self.dataset, "paths"):
+            return self.paths(i)[0]
+        return f"sample {i} of {self.kind}"
+
+    def size(self, i: int) -> Size:
+        if hasattr(self.dataset, "size"):
+            return self.dataset.size(i)
+        return self.load(i)[1].shape
+
+    def load(self, i: int) -> Sample:
+        """As Folder.load()."""
+        load = getattr(self.dataset, "load", None) or self.dataset.__getitem__
+        image, label = load(i)
+        if isinstance(image, Tensor) and image.dim() == 3:
+            image = image.permute(1, 2, 0)
+        image = as_array(image)
+        label = as_array(label)
+        if image.ndim == 2:
+            image = image[..., None]
+        if image.ndim != 3 or image.shape[-1] != self.in_channels:
+            raise DataError(
+                f"{self.name(i)}: the image has shape {image.shape}, but data.in_channels is "
+                f"{self.in_channels}"
+            )
+        if label.shape != image.shape[:2] or label.dtype.kind not in "ui":
+            raise DataError(
+                f"{self.name(i)}: the label is {label.dtype} of shape {label.shape}; expected an "
+                f"integer for each pixel of the image, shape {image.shape[:2]}"
+            )
+        is_class = (label >= 0) & (label < len(self.classes))
+        wrong = np.unique(label[~is_class & (label != IGNORE)])
+        if len(wrong):
+            raise DataError(
+                f"{self.name(i)}: the label holds {wrong[:8].tolist()}, which are none of the "
+                f"{len(self.classes)} classes; ignored pixels are {IGNORE}"
+            )
+        if image.dtype not in (np.uint8, np.uint16):
+            image = image.astype(np.float32, copy=False)
+        return image, label.astype(np.uint8, copy=False)
+
+
+def as_array(value) -> np.ndarray:
+    """An array that can be written to, as torch.from_numpy() wants it."""
+    array = np.asarray(value)
+    return array if array.flags.writeable else array.copy()
+
+
+def source_of(dataset) -> str:
+    """The source code of a data set's class; "" if there is none, as in a notebook."""
+    try:
+        return inspect.getsource(type(dataset))
+    except (OSError, TypeError):
+        return ""
+
+
+# The data sets of config key data.type. Each is called with the name of a split and the keywords of
+# the section, and returns a Folder or anything else that PlainDataset can complete.
 DATASETS = {
     "folder": Folder,
     "concat": Concat,
@@ -1170,20 +1263,23 @@ def build_dataset(kind: str, split: str, in_channels: int, keywords: dict):
     """Build a split of the data set `kind`, a key of DATASETS; `keywords` are those of its own."""
     if kind not in DATASETS:
         raise DataError(f"data.type: {kind} is none of {', '.join(DATASETS)}")
-    if in_channels != 3:
-        if kind not in ("folder", "concat"):
-            raise DataError(f"data.in_channels: the images of {kind} have 3 channels")
-        keywords = keywords | {"in_channels": in_channels}
     if "root" in keywords:
         keywords = keywords | {"root": os.path.expanduser(keywords["root"])}
-    return DATASETS[kind](split, **keywords)
+    if "in_channels" in inspect.signature(DATASETS[kind]).parameters:
+        keywords = keywords | {"in_channels": in_channels}
+    dataset = DATASETS[kind](split, **keywords)
+    if isinstance(dataset, Folder):
+        dataset.in_channels = in_channels
+    elif not isinstance(dataset, (Concat, Synthetic)):
+        dataset = PlainDataset(dataset, kind, in_channels, keywords)
+    return dataset
 
 
 # -------------------------------------------------------------------------------------------- Cache
 
 
 class CachedDataset:
-    """A `Folder` that keeps its decoded samples in files below `folder`.
+    """A data set read from files that keeps its decoded samples in files below `folder`.
 
     The files are memory-mapped, so only the rows that are used are read. A file is [JSON header,
     4096 bytes][image][label]. Its name is a hash of the sample's paths and of the settings that
@@ -1193,7 +1289,7 @@ class CachedDataset:
 
     HEADER = 4096
 
-    def __init__(self, dataset: Folder, folder: str):
+    def __init__(self, dataset: Folder | PlainDataset, folder: str):
         self.dataset = dataset
         self.classes = dataset.classes
         self.palette = dataset.palette
@@ -1220,8 +1316,8 @@ class CachedDataset:
     def size(self, i: int) -> Size:
         return self.dataset.size(i)
 
-    def stamp(self) -> str:
-        return self.dataset.stamp()
+    def stamp(self) -> str | None:
+        return stamp_of(self.dataset)
 
     def load(self, i: int) -> Sample:
         """As Folder.load(); the arrays are views of a memory-mapped file."""
@@ -1230,7 +1326,7 @@ class CachedDataset:
             stamp = [[status.st_size, status.st_mtime_ns] for status in map(os.stat, paths)]
         except OSError:
             return self.dataset.load(i)  # raises an error that explains the problem
-        key = repr((paths, self.dataset.in_channels, self.dataset.table.tobytes()))
+        key = repr((paths, *self.dataset.settings))
         path = os.path.join(self.folder, hashlib.sha256(key.encode()).hexdigest() + ".sample")
         sample = self.read(path, stamp)
         if sample is None:
@@ -1286,7 +1382,12 @@ def cached(dataset, folder: str):
     """`dataset` with the samples that it reads from files kept in `folder`."""
     if isinstance(dataset, Concat):
         dataset.parts = [cached(part, folder) for part in dataset.parts]
-    elif isinstance(dataset, Folder):
+    elif isinstance(dataset, PlainDataset) and not hasattr(dataset.dataset, "paths"):
+        raise DataError(
+            f"data.cache: the samples of {dataset.kind} cannot be kept, as they may change. Leave "
+            "the key out, or add a method paths(i) with the files that sample i is read from"
+        )
+    elif isinstance(dataset, (Folder, PlainDataset)):
         dataset = CachedDataset(dataset, folder)
     return dataset
 
@@ -1518,6 +1619,99 @@ def resample(image: np.ndarray, scaled: Size, box: tuple[int, int, int, int]) ->
     return piece[0, :, skip_y : skip_y + height, skip_x : skip_x + width]
 
 
+# A user's own transforms for data.transforms: classes or functions that take the keywords of a
+# section and return a function (image, label) -> image, label, as TorchvisionTransform describes.
+TRANSFORMS = {}
+
+
+class TorchvisionTransform:
+    """A transform of torchvision.transforms.v2: geometry for image and label, color for the image.
+
+    Labels are sampled to the nearest pixel. Pixels from outside of the image get the label 255 and
+    the value of the transform's `fill`, 0 by default.
+    """
+
+    def __init__(self, transform_class: type, keywords: dict):
+        from torchvision import tv_tensors
+
+        self.image_class = tv_tensors.Image
+        self.label_class = tv_tensors.Mask
+        if "fill" in inspect.signature(transform_class).parameters:
+            fill = keywords.get("fill", 0)
+            keywords = keywords | {"fill": {self.image_class: fill, self.label_class: IGNORE}}
+        self.transform = transform_class(**keywords)
+
+    def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """image (C, h, w) and label (h, w) uint8 -> the same, of any size up to crop_size."""
+        try:
+            image, label = self.transform(self.image_class(image), self.label_class(label))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"data.transforms: {type(self.transform).__name__} cannot be applied to an image "
+                f"of {image.dtype} {list(image.shape)}: {error}"
+            ) from error
+        return image.as_subclass(Tensor), label.as_subclass(Tensor)
+
+
+def build_transform(section: dict, place: str):
+    """Build what `type` names in TRANSFORMS or in torchvision.transforms.v2, of its keywords.
+
+    The sections in the keyword `transforms`, as of RandomApply, are built in the same way.
+    """
+    keywords = dict(section)
+    name = keywords.pop("type", None)
+    if name in list(TRANSFORMS):
+        transform_class = TRANSFORMS[name]
+        try:
+            inspect.signature(transform_class).bind(**keywords)
+        except TypeError as error:
+            raise DataError(f"{place}: {name}: {error}") from None
+        return transform_class(**keywords)
+
+    from torchvision.transforms import v2  # here, because it imports torch's compiler
+
+    transform_class = getattr(v2, str(name), None)
+    if not isinstance(transform_class, type) or not issubclass(transform_class, v2.Transform):
+        names = [key for key, value in vars(v2).items() if isinstance(value, type)]
+        close = difflib.get_close_matches(str(name), [*TRANSFORMS, *names], 1)
+        hint = f"Did you mean {close[0]}?" if close else "Add yours to data.TRANSFORMS"
+        raise DataError(
+            f"{place}.type: {name!r} is no transform of torchvision.transforms.v2. {hint}"
+        )
+    try:
+        if "interpolation" in keywords:
+            keywords["interpolation"] = v2.InterpolationMode(keywords["interpolation"])
+        if "transforms" in keywords:
+            inner = build_transforms(keywords["transforms"], f"{place}.transforms")
+            if not all(isinstance(item, TorchvisionTransform) for item in inner):
+                raise ValueError("all of its transforms have to be torchvision's")
+            keywords["transforms"] = [item.transform for item in inner]
+        return TorchvisionTransform(transform_class, keywords)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{place}: {name}: {error}") from None
+
+
+def build_transforms(sections: list[dict], place: str) -> list:
+    return [build_transform(section, f"{place}.{i}") for i, section in enumerate(sections)]
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global random numbers of torch (on the CPU), NumPy and Python inside."""
+    torch_state = torch.get_rng_state()
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
 @dataclasses.dataclass(eq=False)
 class TrainSamples(Dataset):
     """Maps a list of sample indices to a training batch. The fields are arguments of `Data`."""
@@ -1530,6 +1724,7 @@ class TrainSamples(Dataset):
     cat_max_ratio: float
     flip: float
     photometric: bool
+    transforms: list = ()
     rare_classes: RareClassSampler | None = None
     epoch: int = -1
     order: np.ndarray | None = None  # of the data set in this epoch
@@ -1603,7 +1798,33 @@ class TrainSamples(Dataset):
         if rng.random() < self.flip:
             pixels = pixels.flip(-1)
             classes = np.ascontiguousarray(classes[:, ::-1])
-        return pixels, classes, self.draw_color(rng)
+        color = self.draw_color(rng)
+        if self.transforms:
+            with seeded(int(rng.integers(2**63))):
+                pixels, classes = self.transform(pixels, classes)
+        return pixels, classes, color
+
+    def transform(self, image: Tensor, label: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Apply data.transforms to a crop (C, h, w) and its label (h, w)."""
+        pixels = image.clone()  # a transform may work in place, but the data set keeps its image
+        classes = torch.from_numpy(label)
+        height, width = self.crop_size
+        for number, transform in enumerate(self.transforms):
+            pixels, classes = transform(pixels, classes)
+            is_right = (
+                pixels.shape == (len(image), *classes.shape)
+                and classes.shape[0] <= height
+                and classes.shape[1] <= width
+                and (pixels.dtype, classes.dtype) == (image.dtype, torch.uint8)
+            )
+            if not is_right:
+                raise DataError(
+                    f"data.transforms.{number} returned an image of {pixels.dtype} "
+                    f"{list(pixels.shape)} and a label of {classes.dtype} {list(classes.shape)}; "
+                    "expected the types and channels that it was given, and at most "
+                    f"{height}x{width} pixels"
+                )
+        return pixels, classes.numpy()
 
     def accepts(self, classes: np.ndarray, sample_index: int) -> bool:
         """Whether a crop (h, w) shows the rare class that its image was drawn for, if any.
@@ -1775,6 +1996,9 @@ class Data:
     cat_max_ratio: a crop is drawn again, up to ten times, if one class covers at least this share.
     flip: the probability of a horizontal flip.
     photometric: distort the colors of 8-bit RGB images.
+    transforms: sections of transforms in TRANSFORMS or in torchvision.transforms.v2, such as
+        {"type": "RandomRotation", "degrees": 10}. They are applied to each training crop, after
+        the flip and before the colors are distorted and normalized.
     in_channels, mean, std: of the images, in RGB order and in the units of the files. --check-data
         prints the mean and std of the training images.
     cache: a folder on a local disk for decoded samples. None: decode the files every time.
@@ -1795,6 +2019,7 @@ class Data:
         cat_max_ratio: float = 0.75,
         flip: float = 0.5,
         photometric: bool = True,
+        transforms: list[dict] = (),
         in_channels: int = 3,
         mean: list[float] = IMAGENET_MEAN,
         std: list[float] = IMAGENET_STD,
@@ -1824,6 +2049,7 @@ class Data:
             "cat_max_ratio": cat_max_ratio,
             "flip": flip,
             "photometric": photometric,
+            "transforms": build_transforms(transforms, "data.transforms"),
         }
         self.dataset_keywords = dataset
         self.validate()
@@ -1837,8 +2063,6 @@ class Data:
                 f"data: mean and std need in_channels ({self.in_channels}) values each, and those "
                 "of std must be above 0. --check-data prints those of the training images"
             )
-        if self.in_channels != 3 and self.type not in ("folder", "concat"):
-            raise DataError(f"data.in_channels: the images of {self.type} have 3 channels")
         smallest = {
             "crop_size": min(self.sampling["crop_size"]),
             "batch_size": self.batch_size,
@@ -2001,6 +2225,8 @@ class Data:
             self.check_split(self.val, count)
         if train:
             self.check_crop_size(shapes)
+            if self.sampling["transforms"]:
+                self.samples.sample(0)
 
     def check_split(self, dataset, count: int) -> list[Size]:
         """Decode `count` samples, spread over the split, and return their (height, width)."""
@@ -2008,7 +2234,12 @@ class Data:
         histogram = np.zeros(256, int)
         indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
         for i in indices.astype(int).tolist():
-            _, label = dataset.load(i)
+            image, label = dataset.load(i)
+            if image.shape[-1] != self.in_channels:
+                raise DataError(
+                    f"{dataset.name(i)}: the image has {image.shape[-1]} channels, but "
+                    f"data.in_channels is {self.in_channels}"
+                )
             shapes.append(label.shape)
             histogram += np.bincount(label.ravel(), minlength=256)
         if looks_like_mask(histogram, dataset):

@@ -1,17 +1,24 @@
 """A user's own parts: plain modules work as they are, and their bugs show as plain tracebacks."""
 
+import itertools
+import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run, write_config
+from conftest import ROOT, Run, assert_same, metrics, set_in_heads, write_config
+from PIL import Image
 from torch import nn
 
+import data
 import models
 import train
+from data import Data, DataError
 from models import ConfigError, DecodeHead
 
 
@@ -289,3 +296,235 @@ def test_loss_of_torch(plain, monkeypatch):
     label = torch.randint(0, 8, (2, 32, 32), dtype=torch.uint8)
     losses = model(torch.randn(2, 3, 32, 32), label)
     torch.testing.assert_close(losses["decode.loss_torch"], losses["decode.loss_ce"])
+
+
+# ----------------------------------------------------------------------------- Plain data sets
+
+
+class Scans:
+    """The least that a data set needs; images of one channel in a .npz file."""
+
+    classes = ["dark", "bright"]
+
+    def __init__(self, split: str, *, root: str, kind: str = "array"):
+        self.path = Path(root, f"{split}.npz")
+        self.images = np.load(self.path)["images"]  # (N, H, W)
+        self.kind = kind
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        label = (self.images[i] > 127).astype(np.int64)
+        label[0] = 255
+        if self.kind == "tensor":
+            return torch.from_numpy(self.images[i])[None], torch.from_numpy(label)
+        if self.kind == "pil":
+            return Image.fromarray(self.images[i]), Image.fromarray(label.astype(np.uint8))
+        return self.images[i], label
+
+
+class ScansWithPaths(Scans):
+    def paths(self, i):
+        return [self.path]
+
+
+@pytest.fixture
+def scans(tiny, tmp_path, monkeypatch) -> dict:
+    """The tiny config on Scans."""
+    monkeypatch.setitem(data.DATASETS, "scans", Scans)
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        images = rng.integers(0, 256, (4, 40, 52), np.uint8)
+        np.savez(tmp_path / f"{split}.npz", images=images)
+    tiny["data"] = {
+        "type": "scans",
+        "root": str(tmp_path),
+        "in_channels": 1,
+        "mean": [127],
+        "std": [50],
+        "batch_size": 2,
+        "workers": 0,
+        "crop_size": [32, 32],
+    }
+    tiny["model"]["backbone"]["in_channels"] = 1
+    set_in_heads(tiny, num_classes=2)
+    return tiny
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "pil"])
+def test_plain_data_set(scans, tmp_path, kind):
+    scans["data"]["kind"] = kind
+    source = Data(**scans["data"])
+    source.check()
+    image, label = source.train.load(1)
+    assert image.shape == (40, 52, 1)
+    assert label.dtype == np.uint8
+    assert set(np.unique(label)) == {0, 1, 255}
+    assert source.train.size(1) == (40, 52)
+    assert source.train.name(1) == "sample 1 of scans"
+    assert source.palette == data.voc_palette(2)
+    image, label = source.prepare(next(source.train_batches()), "cpu")
+    assert image.shape == (2, 1, 32, 32)
+
+
+def test_plain_data_set_trains(scans, monkeypatch):
+    """In this process, which knows the class."""
+    path = Path(scans["work_dir"]).parent / "config.json"
+    write_config(scans, path.parent)
+    assert train.main(["--config", str(path), "--options", "schedule.max_iters=2"]) == "done"
+    assert len(metrics(scans, "val")) == 1
+
+
+def test_cache_of_a_plain_data_set(scans, tmp_path, monkeypatch):
+    """It needs paths(i), and notices a changed file and another setting."""
+    scans["data"]["cache"] = str(tmp_path / "cache")
+    with pytest.raises(DataError, match=r"data.cache: .* add a method paths\(i\)"):
+        Data(**scans["data"]).check()
+    monkeypatch.setitem(data.DATASETS, "scans", ScansWithPaths)
+    del scans["data"]["cache"]
+    plain = Data(**scans["data"]).train.load(2)
+    for _ in range(2):
+        source = Data(**scans["data"], cache=str(tmp_path / "cache"))
+        for a, b in zip(source.train.load(2), plain):
+            np.testing.assert_array_equal(a, b)
+    assert len(list((tmp_path / "cache").glob("*.sample"))) == 1
+    monkeypatch.setattr(Scans, "__getitem__", None)  # what is cached needs no decoding
+    source.train.load(2)
+
+
+@pytest.mark.parametrize(
+    "image,label,part",
+    [
+        (np.zeros((4, 4), np.uint8), np.full((4, 4), 2), "holds [2], which are none of the 2"),
+        (np.zeros((4, 4), np.uint8), np.full((4, 4), -1), "holds [-1]"),
+        (np.zeros((4, 4), np.uint8), np.zeros((4, 5), int), "the label is int64 of shape (4, 5)"),
+        (np.zeros((4, 4), np.uint8), np.zeros((4, 4)), "the label is float64"),
+        (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), int), "data.in_channels is 1"),
+    ],
+)
+def test_errors_of_a_plain_data_set(scans, monkeypatch, image, label, part):
+    monkeypatch.setattr(Scans, "__getitem__", lambda self, i: (image, label))
+    with pytest.raises(DataError) as error:
+        Data(**scans["data"]).check()
+    assert part in str(error.value)
+    assert str(error.value).startswith("sample 0 of scans: ")
+
+
+def test_images_with_other_channels_than_the_config_says(tiny):
+    tiny["data"] |= {"in_channels": 1, "mean": [0], "std": [1]}
+    with pytest.raises(DataError, match="the image has 3 channels, but data.in_channels is 1"):
+        Data(**tiny["data"]).check()
+
+
+# ---------------------------------------------------------------------------------- Transforms
+
+ROTATION = {"type": "RandomRotation", "degrees": [90, 90], "interpolation": "bilinear"}
+
+
+def batches(config: dict, count: int = 3, start: int = 0, **keywords) -> list[dict]:
+    stream = Data(**config["data"] | keywords, seed=1).train_batches(start=start)
+    return list(itertools.islice(stream, count))
+
+
+def test_geometry_turns_image_and_label_alike(tiny):
+    whole = {"ratio_range": [1, 1], "crop_size": [128, 128], "cat_max_ratio": 1.0, "flip": 0.0}
+    (plain,) = batches(tiny, 1, **whole)
+    (turned,) = batches(tiny, 1, **whole, transforms=[ROTATION])
+    for key in ("image", "label"):
+        torch.testing.assert_close(turned[key], plain[key].rot90(dims=(-2, -1)))
+    assert torch.equal(turned["color"], plain["color"])
+
+
+def test_color_leaves_the_label_and_outside_is_ignored(tiny):
+    jitter = {"type": "ColorJitter", "brightness": 0.5}
+    shift = {"type": "RandomAffine", "degrees": 0, "translate": [0.5, 0.5], "fill": 9}
+    some = {"type": "RandomApply", "transforms": [shift], "p": 1.0}
+    (plain,) = batches(tiny, 1)
+    (jittered,) = batches(tiny, 1, transforms=[jitter])
+    assert torch.equal(jittered["label"], plain["label"])
+    assert not torch.equal(jittered["image"], plain["image"])
+    (shifted,) = batches(tiny, 1, transforms=[some])
+    outside = shifted["label"] == 255
+    assert 0 < outside.float().mean() < 1
+    pixels = shifted["image"].permute(0, 2, 3, 1)
+    assert (pixels[outside] == 9).all()
+
+
+class Noise:
+    """A user's transform with random numbers of all three libraries."""
+
+    def __init__(self, *, amount: int):
+        self.amount = amount
+
+    def __call__(self, image, label):
+        noise = torch.rand(image.shape) + np.random.rand() + random.random()
+        image += (noise * self.amount).to(image.dtype)
+        return image, label
+
+
+def test_transforms_depend_on_the_sample_alone(tiny, monkeypatch):
+    """Not on workers, on where the stream starts, or on the global random numbers."""
+    monkeypatch.setitem(data.TRANSFORMS, "Noise", Noise)
+    tiny["data"]["transforms"] = [
+        {"type": "Noise", "amount": 9},
+        {"type": "RandomRotation", "degrees": 30},
+        {"type": "RandomPerspective"},
+    ]
+    straight = batches(tiny, 4)
+    torch.manual_seed(5)
+    random.seed(5)
+    state = torch.get_rng_state()
+    assert_same(batches(tiny, 2, start=2), straight[2:])
+    assert torch.equal(state, torch.get_rng_state())
+    assert_same(batches(tiny, 4, workers=2), straight)
+    assert not torch.equal(straight[0]["image"], straight[1]["image"])
+
+
+def test_transform_in_place_leaves_the_data_set(scans, monkeypatch):
+    monkeypatch.setitem(data.TRANSFORMS, "Noise", Noise)
+    scans["data"] |= {
+        "crop_size": [40, 52],
+        "ratio_range": [1, 1],
+        "transforms": [{"type": "Noise", "amount": 50}],
+    }
+    source = Data(**scans["data"])
+    before = source.train.dataset.images.copy()
+    source.samples.sample(0)
+    np.testing.assert_array_equal(source.train.dataset.images, before)
+
+
+@pytest.mark.parametrize(
+    "section,parts",
+    [
+        ({"type": "RandomRotatoin"}, ["transforms.0.type", "Did you mean RandomRotation"]),
+        ({"type": "RandomRotation"}, ["transforms.0: RandomRotation", "degrees"]),
+        ({"type": "RandomRotation", "degrees": 5, "interpolation": "best"}, ["best"]),
+        ({"type": "ColorJitter", "brightness": -1}, ["transforms.0: ColorJitter"]),
+        ({"type": "Noise"}, ["transforms.0: Noise", "amount"]),
+        ({"type": "Noise", "amount": 1, "amuont": 1}, ["transforms.0: Noise", "amuont"]),
+        ({"type": "Resize", "size": [99, 99]}, ["transforms.0", "99", "at most 48x48"]),
+        ({"type": "MixUp", "num_classes": 8}, ["MixUp"]),
+        (
+            {"type": "RandomApply", "transforms": [{"type": "Noise", "amount": 1}]},
+            ["torchvision's"],
+        ),
+    ],
+)
+def test_errors_in_transforms(tiny, monkeypatch, section, parts):
+    monkeypatch.setitem(data.TRANSFORMS, "Noise", Noise)
+    with pytest.raises(DataError) as error:
+        Data(**tiny["data"], transforms=[section]).check()
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_torchvision_is_imported_for_transforms_only(tiny, tmp_path):
+    script = """
+import sys, train
+train.Data(**train.load_config(sys.argv[1])["data"]).check()
+print("torchvision" in sys.modules)
+"""
+    command = [sys.executable, "-c", script, write_config(tiny, tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
