@@ -11,8 +11,10 @@ Comments beside tensors give their shapes, such as `# (N, C, H/8, W/8)`: N image
 the height H and width W of the image. Lower-case h and w are those of a feature map.
 """
 
+import contextlib
 import difflib
 import inspect
+import json
 import math
 import os
 import re
@@ -21,7 +23,6 @@ import types
 import typing
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,7 +56,7 @@ def without_autocast(device):
     """Context without autocast; does nothing on a device that has no autocast, such as meta."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return contextlib.nullcontext()
 
 
 def upcast(x):
@@ -130,7 +131,7 @@ def conv_bn(in_channels, out_channels, kernel_size, stride, *after):
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), *after)
 
 
-@contextmanager
+@contextlib.contextmanager
 def frozen_statistics(module):
     """Keep BN, which still normalizes by the batch in training, from updating its statistics."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -168,7 +169,10 @@ def checkpointed(block, x):
     if torch.compiler.is_compiling():  # the compiler decides what to recompute, see `compiled`
         return block(x)
     return checkpoint(
-        block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block))
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(block)),
     )
 
 
@@ -3685,14 +3689,16 @@ def fits(value, annotation) -> bool:
     return isinstance(value, origin or annotation)
 
 
-def keywords(function: Callable) -> dict[str, inspect.Parameter]:
+def keywords(function: Callable, inherited: bool = True) -> dict[str, inspect.Parameter]:
     """The keyword parameters of a function or class.
 
-    A class whose __init__ takes **kwargs also has the keywords of its parent.
+    A class whose __init__ takes **kwargs also has the keywords of its parent, if `inherited`.
     """
     functions = [function]
     if isinstance(function, type):
         functions = [vars(c)["__init__"] for c in function.__mro__ if "__init__" in vars(c)]
+    if not inherited:
+        functions = functions[:1]
     found = {}
     for init in functions:
         parameters = inspect.signature(init).parameters.values()
@@ -3700,6 +3706,17 @@ def keywords(function: Callable) -> dict[str, inspect.Parameter]:
         found = {p.name: p for p in by_keyword if p.name != "self"} | found
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
+    return found
+
+
+def defaults(function: Callable, inherited: bool = True) -> dict:
+    """The defaults of a function's keyword parameters that a config can hold, as JSON types."""
+    found = {}
+    for name, parameter in keywords(function, inherited).items():
+        with contextlib.suppress(TypeError):  # a parameter without default, or not of a JSON type
+            value = json.loads(json.dumps(parameter.default))
+            if fits(value, parameter.annotation):
+                found[name] = value
     return found
 
 
@@ -3914,6 +3931,70 @@ def build_heads(section, place):
     if isinstance(section, (list, tuple)):
         return [construct(HEADS, head, f"{place}.{i}") for i, head in enumerate(section)]
     return construct(HEADS, section, place) if section else None
+
+
+PARTS = {
+    "backbone": BACKBONES,
+    "neck": NECKS,
+    "decode_head": HEADS,
+    "auxiliary_head": HEADS,
+}
+
+
+def with_defaults(cfg: dict) -> dict:
+    """A `model` section with the defaults of its classes, which builds the same network.
+
+    A class may pass other values to its parent than the parent's own defaults. So the defaults of
+    the parents are only added if that changes nothing.
+    """
+    full = add_defaults(cfg, inherited=True)
+    try:
+        if describe(build_on_meta(full)) == describe(build_on_meta(cfg)):
+            return full
+    except Exception:  # a parent's keyword that the user's class sets itself
+        pass
+    return add_defaults(cfg, inherited=False)
+
+
+def build_on_meta(cfg: dict) -> Segmentor:
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+def describe(network: nn.Module) -> list:
+    """What tells one network from another: the modules, their plain attributes, the shapes."""
+    found = [repr(network)]
+    for name, module in network.named_modules():
+        for key, value in vars(module).items():
+            if not key.startswith("_"):
+                value = list(value) if isinstance(value, tuple) else value
+                found.append(f"{name}.{key} {value!r}")
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        found.append(f"{name} {list(tensor.shape)}")
+    return [re.sub(" at 0x[0-9a-f]+", "", text) for text in found]  # without memory addresses
+
+
+def add_defaults(cfg: dict, inherited: bool) -> dict:
+    """inherited: whether to add those of the parents' keywords too."""
+
+    def complete(section: object, table: dict[str, type]) -> object:
+        if isinstance(section, (list, tuple)):
+            return [complete(item, table) for item in section]
+        if not isinstance(section, dict):
+            return section
+        if table is LOSSES:
+            section = {"type": "CrossEntropyLoss"} | section
+        found = table.get(str(section.get("type")).removeprefix("mmpretrain."))
+        full = section if found is None else section | defaults(found, inherited) | section
+        for key, inner_table in (("loss_decode", LOSSES), ("sampler", SAMPLERS)):
+            if key in full:
+                full[key] = complete(full[key], inner_table)
+        return full
+
+    full = cfg | defaults(assemble) | cfg
+    for key, table in PARTS.items():
+        full[key] = complete(full[key], table)
+    return full
 
 
 # ------------------------------------------------------------------------------- Weights from files

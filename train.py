@@ -1,7 +1,8 @@
 """The run: config, optimizer, schedule, checkpoints, run directory, evaluation, training loop.
 
     python train.py --config configs/quickstart.json
-    torchrun --standalone --nproc_per_node=8 train.py --config C --resume-from auto
+    torchrun --standalone --nproc_per_node=2 train.py --config configs/quickstart.json
+    python train.py --config configs/quickstart.json --resume-from auto
 
 `run` holds the training loop. Everything above it is one of its steps.
 """
@@ -178,6 +179,11 @@ class Config:
 
 
 SECTIONS = {"evaluation": Evaluation, "checkpoint": Checkpoint, "log": Logging}
+GIVEN_BY_THE_RUN = {
+    "data": {"split", "seed"},
+    "optimizer": {"model", "params"},
+    "schedule": {"iteration", "base_lr"},
+}
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> dict:
@@ -218,6 +224,32 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     config = Config(**config)
     check_config(config)
     return config
+
+
+def complete(config: dict) -> dict:
+    """The config of the same run in which all defaults are written out.
+
+    Types that do not exist, as in a config of another version, keep their sections as they are.
+    """
+    full = config | models.defaults(Config) | config
+    for name, section_class in SECTIONS.items():
+        full[name] = models.defaults(section_class) | full.get(name, {})
+    full["model"] = models.with_defaults(full["model"])
+    dataset = DATASETS.get(full["data"].get("type"))
+    optimizer = getattr(torch.optim, str(full["optimizer"].get("type")), None)
+    takers = {
+        "data": [dataset, Data],
+        "optimizer": [optimizer, build_optimizer],
+        "schedule": [learning_rate],
+    }
+    for name, functions in takers.items():
+        known = {}
+        for function in filter(None, functions):
+            known |= models.defaults(function, inherited=False)
+        for key in GIVEN_BY_THE_RUN[name]:
+            known.pop(key, None)
+        full[name] = full[name] | known | full[name]
+    return json.loads(json.dumps(full))
 
 
 def override(config: dict, option: str) -> None:
@@ -262,12 +294,7 @@ def parse_value(text: str) -> object:
 
 def check_config(config: Config) -> None:
     """Checks what the sections mean to the functions that take them. Raises ConfigError."""
-    given_by_the_run = {
-        "data": {"split", "seed"},
-        "optimizer": {"model", "params"},
-        "schedule": {"iteration", "base_lr"},
-    }
-    for section, names in given_by_the_run.items():
+    for section, names in GIVEN_BY_THE_RUN.items():
         for name in getattr(config, section).keys() & names:
             raise ConfigError(f"{section}.{name} is set by the run itself; leave it out")
     check_data_section(config.data)
@@ -435,7 +462,8 @@ def build_optimizer(
 
     if "fused" in defaults and not options.get("foreach") and not options.get("differentiable"):
         device = next(model.parameters()).device
-        options = {"fused": device.type in ("cpu", "cuda")} | options
+        if options.get("fused") is None:
+            options["fused"] = device.type in ("cpu", "cuda")
     try:
         return optimizer_class(groups, lr=lr, **options)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -784,7 +812,8 @@ def resume(state: TrainState, path: str | Path, checkpoint: dict, config: Config
     if Path(path).resolve().parent != Path(config.work_dir).resolve():
         state.log_sizes = {}  # of the logs in another work_dir
     notes = [f"resumed from {path} at iteration {state.iteration}"]
-    for line in differences(old_config, asdict(config)):
+    new_config = asdict(config)
+    for line in differences(complete(new_config | old_config), complete(new_config)):
         notes.append(f"changed since then: {line}")
     return notes
 
@@ -842,7 +871,7 @@ class RunDir:
                 os.replace(path, f"{path}.old")
         for temporary in self.path.glob(".*.tmp"):
             temporary.unlink()
-        content = json.dumps(asdict(config) | {"run": describe_run()}, indent=1)
+        content = json.dumps(complete(asdict(config)) | {"run": describe_run()}, indent=1)
         atomic_write(self.path / "config.json", lambda file: file.write(content.encode()))
         for name, size in state.log_sizes.items():
             log = self.path / name
@@ -1727,7 +1756,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--config", required=True, help="a JSON file, such as one of configs/")
+    add("--config", help="a JSON file, such as one of configs/")
     add("--work-dir", help="folder of logs and checkpoints; default: the config's work_dir")
     add(
         "--resume-from",
@@ -1761,6 +1790,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="decode every sample, print class frequencies and draw a contact sheet, then exit",
     )
     add(
+        "--print-config",
+        action="store_true",
+        help="print the config with all defaults, which can be saved and trained from, then exit",
+    )
+    add(
         "--options",
         metavar="KEY=VALUE",
         nargs="+",
@@ -1768,7 +1802,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         help="override the config: model.backbone.with_cp=True data.batch_size=4",
     )
-    return parser.parse_args(argv)
+    # argparse alone would first complain of a missing --config, whatever else is misspelled.
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if not args.config:
+        parser.error("--config is missing. Try: python train.py --config configs/quickstart.json")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -1778,6 +1818,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     if args.work_dir:
         options.append(f"work_dir={json.dumps(args.work_dir)}")
     config = read_config(args.config, options)
+    if args.print_config:
+        print(json.dumps(complete(asdict(config)), indent=1))
+        return "done"
     if args.check_data:
         folder = make_folder(args.show_dir or config.work_dir)
         channels = config.data.get("in_channels", 3)

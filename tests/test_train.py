@@ -54,7 +54,8 @@ def test_two_runs_are_equal_and_record_how_they_were_made(straight, tiny, run):
     for key in ("command", "git_commit", "git_diff", "versions"):
         assert key in written["run"]
     assert "--config" in written["run"]["command"]
-    assert written["model"] == tiny["model"]
+    assert written.pop("run")
+    assert written == train.complete(tiny)
     assert checkpoint(tiny)["config"]["model"] == tiny["model"]
 
 
@@ -278,6 +279,7 @@ def test_resume_reports_what_changed_in_the_config(finished, run):
     process = run(finished, "--no-validate", "--resume-from", "auto", "--options", *options)
     assert "schedule.max_iters 6 -> 8" in process.output()
     assert "optimizer.lr 0.01 -> 0.02" in process.output()
+    assert process.output().count("changed since then") == 2
     expected = train.learning_rate(7, 0.02, max_iters=8, power=0.9, min_lr=0.0001)
     assert metrics(finished)[-1]["lr"] == pytest.approx(expected)
 
@@ -598,6 +600,63 @@ def test_every_config_builds(path):
     config = train.load_config(path)
     with torch.device("meta"):
         assert models.build_model(config["model"]).num_classes > 1
+
+
+def test_printed_config_gives_the_same_run(straight, tiny, run, tmp_path, capsys):
+    path = write_config(tiny, tmp_path)
+    assert train.main(["--config", str(path), "--print-config"]) == "done"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["model"]["decode_head"]["loss_decode"]["type"] == "CrossEntropyLoss"
+    assert printed["model"]["backbone"]["with_cp"] is False
+    assert printed["data"]["flip"] == 0.5
+    assert printed["optimizer"]["nesterov"] is False
+    assert printed["schedule"]["warmup_iters"] == 0
+    assert printed["evaluation"]["mode"] == "whole"
+    assert printed["clip_grad"] is None
+    run(printed)
+    assert_same_run(straight, tiny)
+    assert train.complete(printed) == printed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ann_r50-d8_512x512_80k_ade20k",
+        "fcn_hr18_512x512_80k_ade20k",
+        "ocrnet_hr18_512x512_80k_ade20k",
+        "sem_fpn_r50_512x512_160k_ade20k",
+        "upernet_swin-t_512x512_160k_ade20k",
+    ],
+)
+def test_complete_model_is_the_same_network(name):
+    section = json.loads((ROOT / f"configs/{name}.json").read_text())["model"]
+    full = models.with_defaults(section)
+    assert full == models.add_defaults(section, inherited=True)
+    assert full != section
+    assert models.with_defaults(full) == full
+    built = [models.describe(models.build_on_meta(cfg)) for cfg in (section, full)]
+    assert built[0] == built[1]
+
+
+class PassesItsOwnValue(models.FCNHead):
+    def __init__(self, *, gain: float = 1.0, **kwargs):
+        super().__init__(num_convs=1, **kwargs)
+
+
+class ChangesADefault(models.FCNHead):
+    def __init__(self, *, gain: float = 1.0, **kwargs):
+        kwargs.setdefault("dropout_ratio", 0.5)
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize("head", [PassesItsOwnValue, ChangesADefault])
+def test_default_that_a_class_replaces_is_not_written_out(head, tiny, monkeypatch):
+    monkeypatch.setitem(models.HEADS, "Mine", head)
+    mine = {"type": "Mine", "in_channels": 64, "channels": 8, "num_classes": 8}
+    tiny["model"]["decode_head"] = mine
+    full = models.with_defaults(tiny["model"])
+    assert full["decode_head"] == mine | {"gain": 1.0}
+    assert models.with_defaults(full) == full
 
 
 LOSSES = [
