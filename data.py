@@ -1957,6 +1957,8 @@ class Batches:
     """Yields samples[index] for each of `indices`, in this order, computed by worker processes."""
 
     def __init__(self, samples: Dataset, indices, workers: int, pin_memory: bool = False):
+        # train.py warns of too many workers itself, and names the key.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
         self.loader = DataLoader(
             samples,
             sampler=indices,

@@ -2544,6 +2544,11 @@ class DecodeHead(nn.Module):
                 f"out_channels is {self.out_channels}; it can be num_classes, {self.num_classes}, "
                 "or 1 if num_classes is 2"
             )
+        if self.threshold is not None and self.out_channels > 1:
+            raise UserError(
+                f"threshold is {self.threshold}, but with {self.out_channels} output channels the "
+                "class is that of the largest logit; leave threshold out, or set out_channels to 1"
+            )
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise UserError(f"threshold is {self.threshold}; it must be between 0 and 1")
 
@@ -3725,6 +3730,34 @@ def suggest(name: str, right: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"it can be: {', '.join(sorted(right))}"
 
 
+def no_such_type(name: str, kind: str, right: list[str]) -> str:
+    """What to say of a type that does not exist; kind: "backbones", "heads" and so on.
+
+    Only a misspelling is corrected: UNet is no HRNet, and MobileNetV3 no MobileNetV2.
+    """
+    numbers = re.findall(r"\d+", name)
+    limit = 1 if len(name) < 8 else 2
+    close = {}
+    for other in right:
+        distance = edit_distance(name.lower(), other.lower())
+        if distance <= limit and re.findall(r"\d+", other) == numbers:
+            close[other] = distance
+    question = f" Did you mean {min(close, key=close.get)}?" if close else ""
+    problem = "is missing" if name == "None" else f"there is no {name} here"
+    return f"{problem}; {kind} are: {', '.join(sorted(right))}.{question}"
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The number of letters to insert, remove or replace (Levenshtein, 1966)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        above = row
+        row = [i]
+        for j, y in enumerate(b, start=1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
 def check_keywords(function: Callable, section: dict, place: str) -> None:
     """Raise ConfigError unless `section` can be the keyword arguments of a function or class.
 
@@ -3791,6 +3824,16 @@ def without_fixed(cls, section, place):
     return kept
 
 
+KINDS = {  # the name of a section -> what its `type` names
+    "backbone": "backbones",
+    "neck": "necks",
+    "decode_head": "heads",
+    "auxiliary_head": "heads",
+    "loss_decode": "losses",
+    "sampler": "samplers",
+}
+
+
 def construct(table: dict[str, type], section: dict, place: str):
     """Build `table[type](**keywords)` from a section {"type": type, **keywords}.
 
@@ -3799,7 +3842,8 @@ def construct(table: dict[str, type], section: dict, place: str):
     section = {key: value for key, value in section.items() if key != "init_cfg"}
     kind = str(section.pop("type", None)).removeprefix("mmpretrain.")
     if kind not in table:
-        raise ConfigError(f"{place}.type: is {kind!r}; {suggest(kind, list(table))}")
+        part = place.rstrip(".0123456789").rpartition(".")[-1]
+        raise ConfigError(f"{place}.type: {no_such_type(kind, KINDS.get(part, part), list(table))}")
     part_class = table[kind]
     section = without_fixed(part_class, section, place)
     check_keywords(part_class, section, place)

@@ -43,7 +43,15 @@ from tqdm import tqdm
 import models
 from data import DATASETS, IGNORE, ConcatSection, Data, check_every_sample, worker_failure
 from dist_utils import ProcessError, UserError
-from models import ConfigError, Segmentor, check_keywords, check_parameters, fits, keywords, suggest
+from models import (
+    ConfigError,
+    Segmentor,
+    check_keywords,
+    check_parameters,
+    fits,
+    keywords,
+    no_such_type,
+)
 
 
 class CheckpointError(UserError):
@@ -235,21 +243,28 @@ def complete(config: dict) -> dict:
     for name, section_class in SECTIONS.items():
         full[name] = models.defaults(section_class) | full.get(name, {})
     full["model"] = models.with_defaults(full["model"])
-    dataset = DATASETS.get(full["data"].get("type"))
     optimizer = getattr(torch.optim, str(full["optimizer"].get("type")), None)
-    takers = {
-        "data": [dataset, Data],
-        "optimizer": [optimizer, build_optimizer],
-        "schedule": [learning_rate],
-    }
-    for name, functions in takers.items():
-        known = {}
-        for function in filter(None, functions):
-            known |= models.defaults(function, inherited=False)
-        for key in GIVEN_BY_THE_RUN[name]:
-            known.pop(key, None)
-        full[name] = full[name] | known | full[name]
+    full["optimizer"] = add_defaults(full["optimizer"], optimizer, build_optimizer)
+    full["schedule"] = add_defaults(full["schedule"], learning_rate)
+    datasets = full["data"].get("datasets")
+    full["data"] = add_defaults(full["data"], DATASETS.get(full["data"].get("type")), Data)
+    if datasets:
+        full["data"]["datasets"] = [
+            add_defaults(part, DATASETS.get(part.get("type")), ConcatSection) for part in datasets
+        ]
+        for part in full["data"]["datasets"]:
+            part.pop("in_channels", None)  # that of the whole
     return json.loads(json.dumps(full))
+
+
+def add_defaults(section: dict, *functions: Callable | None) -> dict:
+    """The section with the defaults of the functions that take it, without the run's own keys."""
+    known = {}
+    for function in filter(None, functions):
+        known |= models.defaults(function, inherited=False)
+    for name in set().union(*GIVEN_BY_THE_RUN.values()):
+        known.pop(name, None)
+    return section | known | section
 
 
 def override(config: dict, option: str) -> None:
@@ -301,9 +316,11 @@ def check_config(config: Config) -> None:
     for key in ("type", "lr"):
         if key not in config.optimizer:
             raise ConfigError(f"optimizer.{key} is missing; build_optimizer needs it")
-    schedule = config.schedule
-    check_keywords(learning_rate, {"iteration": 0, "base_lr": 0.0} | schedule, "schedule")
-    learning_rate(0, 1.0, **schedule)
+    known = keywords(learning_rate)
+    for name in GIVEN_BY_THE_RUN["schedule"]:
+        known.pop(name)
+    check_parameters("learning_rate", known, config.schedule, "schedule")
+    learning_rate(0, 1.0, **config.schedule)
 
 
 def check_data_section(section: dict) -> None:
@@ -328,7 +345,7 @@ def check_data_set(section: dict, owner: type, place: str) -> None:
     kind = section.get("type")
     kinds = [name for name in DATASETS if owner is Data or name != "concat"]
     if kind not in kinds:
-        raise ConfigError(f"{place}.type is {kind!r}; {suggest(str(kind), kinds)}")
+        raise ConfigError(f"{place}.type: {no_such_type(str(kind), 'data sets', kinds)}")
     known = keywords(DATASETS[kind]) | keywords(owner)
     for name in ("split", "seed"):
         known.pop(name, None)
@@ -447,7 +464,10 @@ def build_optimizer(
     Parameters that share multipliers share a group, which keeps them as `lr_mult`.
     """
     optimizer_class = optimizer_class_named(type)
-    check_keywords(optimizer_class, {"params": [], "lr": lr} | options, "optimizer")
+    known = keywords(optimizer_class)
+    known.pop("params")
+    known["paramwise"] = keywords(build_optimizer)["paramwise"]
+    check_parameters(type, known, {"lr": lr} | options, "optimizer")
     defaults = inspect.signature(optimizer_class).parameters
     weight_decay = 0.0
     if "weight_decay" in defaults:
@@ -1601,6 +1621,25 @@ def batch_warnings(model: Segmentor, data: Data) -> list[str]:
     ]
 
 
+def setting_warnings(config: Config, data: Data) -> list[str]:
+    """Says which settings are possible, but hardly meant."""
+    found = []
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if data.workers > max(cores, 1):
+        found.append(
+            f"warning: data.workers is {data.workers}, but there are {cores} cores for each "
+            "process: lower it, or leave it out"
+        )
+    warmup_iters = config.schedule.get("warmup_iters", 0)
+    max_iters = config.schedule["max_iters"]
+    if config.schedule.get("warmup") and warmup_iters > max_iters:
+        found.append(
+            f"warning: schedule.warmup_iters is {warmup_iters}, but max_iters {max_iters}: the "
+            "learning rate never reaches optimizer.lr"
+        )
+    return found
+
+
 def wrap(model: Segmentor, config: Config) -> nn.Module:
     """The network as the training step calls it: in DDP, compiled."""
     net = dist_utils.distribute(model)
@@ -1669,7 +1708,7 @@ def run(  # noqa: PLR0915
     run_dir = RunDir(Path(config.work_dir), config.checkpoint.keep)
     run_dir.open(config, state, args.eval_only)
     summary = f"{model_summary(model)}; {world_size} process(es) on {device.type} in {precision}"
-    notes += batch_warnings(model, data)
+    notes += batch_warnings(model, data) + setting_warnings(config, data)
     run_dir.log(f"{summary}; work_dir {config.work_dir}", *notes)
     due = functools.partial(is_due, state, max_iters)
     evaluation = functools.partial(validate, state, data, device, autocast, args, config, run_dir)

@@ -109,7 +109,7 @@ def test_misspelled_key_anywhere(tiny, tmp_path):
         ("data.type=citiscapes", ["data.type", "cityscapes"]),
         ("data.type=[1]", ["data.type"]),
         ("data.lenght=4", ["data.lenght", "data set synthetic", "length"]),
-        ("model.backbone.type=ResNetV1", ["model.backbone.type", "ResNet"]),
+        ("model.backbone.type=ResNetV1", ["model.backbone.type", "backbones are: ", "ResNet"]),
         ("model.backbone.depth=20", ["model.backbone", "20"]),
         ("model.backbone.depth.x=1", ["model.backbone.depth.x=1"]),
         ("model.backbone.with_cp=1", ["model.backbone.with_cp", "bool"]),
@@ -150,6 +150,44 @@ def test_bad_option(tiny, tmp_path, option, parts):
         train.Data(**config["data"])  # raises what load_config cannot find
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option,parts,absent",
+    [
+        ("model.backbone.type=HRNets", ["there is no HRNets", "Did you mean HRNet?"], "heads"),
+        ("model.backbone.type=hrnet", ["Did you mean HRNet?"], "heads"),
+        ("model.backbone.type=UNetV2", ["there is no UNetV2", "backbones are: "], "mean"),
+        ("model.backbone.type=MobileNetV3", ["backbones are: ConvNeXt, "], "mean"),
+        ("model.backbone.type=DDRNet", ["backbones are: "], "mean"),
+        ("model.decode_head.type=OCRNet", ["heads are: "], "mean"),
+        ("model.decode_head.type=null", ["type: is missing; heads are: "], "mean"),
+        ('model.decode_head.loss_decode={"type":"CELoss"}', ["losses are: "], "mean"),
+        ("data.type=coco", ["data sets are: "], "mean"),
+        ("schedule.base_iters=1", ["schedule.base_iters", "max_iters"], "base_lr"),
+        ("schedule.iterations=1", ["schedule.iterations"], "iteration?"),
+        ("optimizer.param=1", ["optimizer.param"], "params"),
+        ("optimizer.paramwize=null", ["did you mean paramwise?"], "params"),
+        ("model.decode_head.threshold=0.4", ["threshold", "8 output channels"], "mean"),
+    ],
+)
+def test_suggestions_are_of_the_same_kind(tiny, tmp_path, option, parts, absent):
+    with pytest.raises(ConfigError) as error:
+        train.load_config(write_config(tiny, tmp_path), [option])
+    for part in parts:
+        assert part in str(error.value)
+    assert absent not in str(error.value)
+
+
+def test_command_line_that_is_wrong(capsys):
+    for argv, part in (
+        ([], "python train.py --config configs/quickstart.json"),
+        (["--confg", "x"], "unrecognized arguments: --confg x"),
+        (["--wrok-dir", "x"], "unrecognized arguments: --wrok-dir x"),
+    ):
+        with pytest.raises(SystemExit):
+            train.parse_args(argv)
+        assert part in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,15 @@ def test_commands_are_found():
         assert part in text
 
 
+def test_commands_of_help(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " train.py --" in line]
+    assert len(lines) > 2
+    for line in lines:
+        check_arguments_of_train(arguments(line, "train.py"))
+
+
 def test_flags_exist(capsys):
     of_train = flags_of(train.parse_args, capsys)
     of_slurm = flags_of(launch_slurm.parse_args, capsys)
