@@ -1858,6 +1858,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         options.append(f"work_dir={json.dumps(args.work_dir)}")
     config = read_config(args.config, options)
     if args.print_config:
+        check_network(config)
         print(json.dumps(complete(asdict(config)), indent=1))
         return "done"
     if args.check_data:
