@@ -27,8 +27,10 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -37,14 +39,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Before torch, which reads the environment that this sets.
+from dist_utils import StopSignal, UserError
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-from dist_utils import UserError
 
 IGNORE = 255  # the label of ignored pixels, whatever value the files use
 INVALID = 254  # marks a label value that is no class, so a data set has at most 253 classes
@@ -1917,18 +1921,23 @@ def photometric_distortion(image: Tensor, color: Tensor) -> Tensor:
 
 
 def start_worker(worker_id: int) -> None:
-    """Let workers ignore Ctrl-C and a scheduler's warning, which are sent to all processes.
+    """Let a worker ignore stop signals, which terminals and schedulers send to all processes.
 
-    The training process decides when the run ends, and still needs its workers until then.
+    The training process decides when the run ends, and still needs its workers until then. It ends
+    them by a SIGTERM of its own.
     """
+    parent = os.getppid()
 
-    def ignore_once(*_) -> None:
-        # The second SIGTERM comes from the training process when it ends with an error.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
 
-    signal.signal(signal.SIGTERM, ignore_once)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    StopSignal.set_handlers(signal.SIG_IGN)
+    # Only sigwaitinfo tells who sent a signal, and it takes those that are blocked.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def worker_failure(error: Exception) -> DataError | None:
@@ -1937,11 +1946,19 @@ def worker_failure(error: Exception) -> DataError | None:
     When a worker dies, torch raises a RuntimeError wherever the main process happens to be, or a
     connection breaks.
     """
-    from_torch = str(error).startswith(("DataLoader worker (pid", "DataLoader timed out"))
+    text = str(error).strip()
+    if "Too many open files" in text or "ancdata" in text:  # the latter if sockets cannot pass them
+        return DataError(
+            "the batches of the data workers need more open files than this process may have: "
+            "raise the limit (ulimit -n), or lower data.workers or data.batch_size"
+        )
+    from_torch = text.startswith(("DataLoader worker (pid", "DataLoader timed out"))
+    from_torch = from_torch or "allocate shared memory" in text
     if not from_torch and not isinstance(error, (ConnectionError, EOFError)):
         return None
+    reason = text.splitlines()[-1] if text else type(error).__name__
     return DataError(
-        f"a data worker has died or hangs: {error} If memory ran out (see dmesg), lower "
+        f"a data worker has died or hangs: {reason} If memory ran out (see dmesg), lower "
         "data.workers or data.batch_size; if shared memory did, enlarge /dev/shm; or set "
         "data.workers=0"
     )
@@ -1953,17 +1970,41 @@ def share_of_cores() -> int:
     return max(1, min(16, cores - 1))
 
 
+def raise_file_limit(wanted: int = 65536) -> None:
+    """Raise the soft limit of open files, often 1024, as a batch from a worker holds several."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if 0 <= soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def to_shared_memory(batch: Any) -> Any:
+    """Move a batch to shared memory, in a worker.
+
+    Otherwise the queue to the training process would do it in a thread, whose errors nobody sees:
+    the training process would wait for the batch until its timeout.
+    """
+    if isinstance(batch, dict):
+        for tensor in batch.values():
+            tensor.share_memory_()
+    return batch
+
+
 class Batches:
     """Yields samples[index] for each of `indices`, in this order, computed by worker processes."""
 
     def __init__(self, samples: Dataset, indices, workers: int, pin_memory: bool = False):
         # train.py warns of too many workers itself, and names the key.
         warnings.filterwarnings("ignore", "This DataLoader will create")
+        if workers:
+            raise_file_limit()
         self.loader = DataLoader(
             samples,
             sampler=indices,
             batch_size=None,
             num_workers=workers,
+            collate_fn=to_shared_memory if workers else None,
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
             prefetch_factor=4 if workers else None,
@@ -1980,7 +2021,7 @@ class Batches:
                 if isinstance(batch, DataError):
                     raise batch
                 yield batch
-        except (RuntimeError, ConnectionError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             raise worker_failure(error) or error from None
 
 

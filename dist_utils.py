@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Callable
 
 # Libraries read these variables when they are loaded, and this module is the first to load torch.
 # Without a limit on spinning, the OpenMP threads of processes that share cores block each other.
@@ -497,18 +498,31 @@ def distribute(model: nn.Module) -> nn.Module:
 
 
 class StopSignal:
-    """Records SIGTERM, SIGINT or SIGUSR2 in `received`, so that the run can save before it stops.
+    """Records a stop signal in `received`, so that the run can save before it stops.
 
-    SIGUSR2 is how Slurm announces preemption and the time limit. To stop all ranks after the same
+    Schedulers announce preemption and the time limit by SIGUSR1 or SIGUSR2; a terminal that closes
+    sends SIGHUP, which stays ignored where it is, as under nohup. To stop all ranks after the same
     iteration, average `received` over them. A second SIGINT (Ctrl-C) raises KeyboardInterrupt.
+
+    Python handles signals in the main thread only. In another thread, nothing is recorded.
 
         with StopSignal() as stop:
             while not stop.received:  # the number of the signal, or 0
                 ...
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     received = 0
+
+    @classmethod
+    def set_handlers(cls, handler: Callable | signal.Handlers) -> dict:
+        """Sets the handler of all these signals. Returns the earlier ones, by signal."""
+        previous = {}
+        for number in cls.SIGNALS:
+            is_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not is_nohup:
+                previous[number] = signal.signal(number, handler)
+        return previous
 
     def _receive(self, number: int, frame: object) -> None:
         if number == self.received == signal.SIGINT:
@@ -516,7 +530,10 @@ class StopSignal:
         self.received = number
 
     def __enter__(self) -> "StopSignal":
-        self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self.previous = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self.previous = self.set_handlers(self._receive)
         # launch_slurm.py blocks these signals until there is a handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self

@@ -67,11 +67,6 @@ FINAL_STATES = (
 # ------------------------------------------------------------------------------------ In each task
 
 
-def set_stop_handlers(handler) -> None:
-    for number in StopSignal.SIGNALS:
-        signal.signal(number, handler)
-
-
 class Job:
     """What every task runs: join the other tasks, train, and requeue the job if it was stopped.
 
@@ -103,7 +98,7 @@ class Job:
     def __call__(self) -> str:
         # TASK_PYTHON has blocked the stop signals, and train.main unblocks them. After that they
         # have no effect. SIG_IGN in place of a function would discard a pending signal.
-        set_stop_handlers(lambda *_: None)
+        StopSignal.set_handlers(lambda *_: None)
         self.task = submitit.JobEnvironment()
         self.rank = self.task.global_rank
         self.is_slurm = self.task.cluster == "slurm"
@@ -120,7 +115,7 @@ class Job:
         try:
             ending = self.run()
             # Python resets other handlers while it exits. A signal would then fail the job.
-            set_stop_handlers(signal.SIG_IGN)
+            StopSignal.set_handlers(signal.SIG_IGN)
             return ending
         except UserError as error:
             self.fail(f"error: {error}\n")
@@ -239,7 +234,7 @@ class Job:
 
     def requeue(self, reason: str) -> None:
         """Ends this task. Rank 0 puts the job back into the queue."""
-        set_stop_handlers(signal.SIG_IGN)  # for scontrol too, which inherits this
+        StopSignal.set_handlers(signal.SIG_IGN)  # for scontrol too, which inherits this
         if self.rank == 0:
             outcome = "run the same command to resume"
             if self.is_slurm:
@@ -415,6 +410,8 @@ def local_executor(folder: Path, args: argparse.Namespace) -> submitit.LocalExec
     # The child processes inherit this. So Ctrl-C reaches the tasks, which save, but not submitit's
     # controller, which would kill them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # When the terminal closes, the job goes on.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     lines = [*setup_lines(args), 'exec "$@"']
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
     if args.gpus_per_node and gpus is not None:

@@ -26,6 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import dist_utils  # before torch, which reads the environment that this sets
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +36,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-import dist_utils
 from dist_utils import UserError
 
 # Losses and metrics skip pixels with this label; data.py maps each data set's own value to it.

@@ -711,7 +711,7 @@ class TrainState:
     ema: a copy of the model that holds the moving average of its weights, or None.
     iteration: optimizer steps finished.
     best: {"mIoU", "iteration"} of the best validation so far.
-    validated: False if a signal interrupted the validation that is due at this iteration.
+    validated: False as long as the validation that is due at this iteration is not finished.
     log_sizes: bytes of each log file at the checkpoint. Later lines will be written again.
     resumed_from: the checkpoint that was loaded, or None.
     """
@@ -889,6 +889,7 @@ class RunDir:
             # Damaged, or of a course that is abandoned by resuming from an earlier checkpoint.
             if iteration_of(path) > state.iteration:
                 os.replace(path, f"{path}.old")
+        self.restore_best(state)
         for temporary in self.path.glob(".*.tmp"):
             temporary.unlink()
         content = json.dumps(complete(asdict(config)) | {"run": describe_run()}, indent=1)
@@ -897,6 +898,27 @@ class RunDir:
             log = self.path / name
             if name in self.LOGS and log.exists() and log.stat().st_size > size:
                 os.truncate(log, max(0, int(size)))
+
+    def restore_best(self, state: TrainState) -> None:
+        """Makes best.pth the checkpoint that `state.best` is about, or removes it if that is gone.
+
+        It may be of a course that is abandoned by resuming from an earlier checkpoint, or older
+        than the checkpoint if the run was killed between writing the two.
+        """
+        path = self.path / "best.pth"
+        if path.exists():
+            with contextlib.suppress(CheckpointError):
+                if load_checkpoint(path).get("best") == state.best:
+                    return
+            os.replace(path, f"{path}.old")
+        if state.best:
+            checkpoint = self.path / f"iter_{state.best['iteration']}.pth"
+            if checkpoint.exists():
+                link(checkpoint, path)
+            else:
+                tqdm.write(
+                    f"best.pth, of {state.best}, is gone: only a higher mIoU will replace it"
+                )
 
     def lock(self, patience: float = 150) -> None:
         """Waits up to `patience` seconds for another run in this folder to end.
@@ -1722,21 +1744,29 @@ def run(  # noqa: PLR0915
         tqdm(total=max_iters, initial=start, disable=is_quiet()) as bar,
     ):
 
-        def validate_and_save(validation_is_due: bool, checkpoint_is_due: bool) -> None:
-            # Validate before saving, so that the checkpoint knows its score.
-            is_best = False
-            if validation_is_due and not args.no_validate:
-                is_best = evaluation(lambda: stop.received)
-            state.validated = is_best is not None  # not interrupted by a signal
-            names = ["best.pth"] if is_best else []
-            if checkpoint_is_due or not state.validated:
-                names = [f"iter_{state.iteration}.pth", "latest.pth", *names]
-            if names:
+        def save_and_validate(checkpoint_is_due: bool, validation_is_due: bool) -> None:
+            # Save before validating, which may fail.
+            state.validated = not validation_is_due
+            names = [f"iter_{state.iteration}.pth", "latest.pth"]
+            if checkpoint_is_due:
                 save(state, config, data, run_dir, names)
+            if not validation_is_due:
+                return
+            is_best = None  # as it stays if the validation fails or a signal interrupts it
+            try:
+                is_best = evaluation(lambda: stop.received)
+            finally:
+                state.validated = is_best is not None
+                best = ["best.pth"] if is_best else []
+                # A checkpoint is written once more, with its score. Where none was due, one is
+                # written if there is no score, so that a resume can make up for the validation.
+                names = names + best if state.validated == checkpoint_is_due else best
+                if names:
+                    save(state, config, data, run_dir, names)
 
-        # A signal interrupted the validation that was due when the checkpoint was saved.
+        # The validation that was due when the checkpoint was saved failed or was interrupted.
         if not state.validated:
-            validate_and_save(validation_is_due=True, checkpoint_is_due=False)
+            save_and_validate(checkpoint_is_due=True, validation_is_due=not args.no_validate)
         warm_up(state, net, data, autocast, run_dir)
         timer = StepTimer()
         stopping = not state.validated
@@ -1771,8 +1801,9 @@ def run(  # noqa: PLR0915
                 timer.reset()
 
             with timer.pause():
-                validate_and_save(
-                    due(config.evaluation.interval), due(config.checkpoint.interval) or stopping
+                save_and_validate(
+                    due(config.checkpoint.interval) or stopping,
+                    due(config.evaluation.interval) and not args.no_validate,
                 )
             stopping = stopping or not state.validated
 

@@ -1740,3 +1740,89 @@ def test_check_data_command(folder, tmp_path):
     process = call([*command, "--options", "data.root=/nowhere"])
     assert process.returncode == 1
     assert "error: /nowhere" in process.stderr
+
+
+# -------------------------------------------------------------------------------- Worker processes
+
+# Draws a batch from workers in a process that it forks for each case, and prints how that ended.
+# argv: a case is the name of an ending, a hard limit of open files, or "shm", a full /dev/shm.
+ENDINGS = """
+import os, resource, signal, subprocess, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import data
+
+def draw():
+    source = data.Data(type="synthetic", batch_size=2, crop_size=[64, 64], length=8, workers=2)
+    batches = source.train_batches()
+    next(batches)
+    return batches
+
+def end(case):
+    if case == "shm":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"], check=True)
+    if case.isdecimal():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(case), int(case)))
+    if case == "soft limit":
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
+    if case == "daemon thread":
+        drawn = threading.Event()
+        work = lambda: [draw(), drawn.set(), time.sleep(60)]
+        threading.Thread(target=work, daemon=True).start()
+        drawn.wait()
+        return
+    global batches
+    batches = draw()
+    if case == "exception":
+        raise ValueError
+    if case == "sys.exit":
+        sys.exit(3)
+    if case == "Ctrl-C":
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    if case == "SIGTERM to all":  # from another process
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.run(["bash", "-c", f"kill -TERM -- -{os.getpid()}"])
+        for _ in range(20):
+            next(batches)
+
+for case in sys.argv[2:]:
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        sys.stderr = open(os.devnull, "w")
+        try:
+            end(case)
+        except data.DataError as error:
+            print(case, "error:", error, flush=True)
+        sys.argv = [""]  # the end of the script, which ends the interpreter as usual
+        break
+    deadline = time.monotonic() + 20
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        time.sleep(0.02)
+        if time.monotonic() > deadline:
+            os.killpg(pid, signal.SIGKILL)
+            print(case, "hangs", flush=True)
+            deadline = float("inf")
+    print(case, "has ended", flush=True)
+"""
+
+
+def test_a_process_with_workers_ends_however_it_ends():
+    """It neither hangs at its exit, nor for a lack of files or of shared memory."""
+    cases = [
+        *("end of the script", "exception", "sys.exit", "Ctrl-C", "daemon thread"),
+        *("SIGTERM to all", "soft limit", "60"),
+    ]
+    command = [sys.executable, "-c", ENDINGS, str(ROOT), *cases]
+    if os.geteuid() == 0 and shutil.which("unshare"):
+        command = ["unshare", "--mount", *command, "shm"]
+        cases.append("shm")
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=200).stdout
+    for case in cases:
+        assert f"{case} has ended\n" in output, output
+    assert "hangs" not in output, output
+    errors = dict(re.findall(r"^(.*) error: (.*)", output, re.MULTILINE))
+    assert "open files" in errors.pop("60")
+    assert "/dev/shm" in errors.pop("shm", "/dev/shm")
+    assert not errors

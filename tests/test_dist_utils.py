@@ -478,6 +478,15 @@ def test_a_stop_signal_is_recorded(number):
     assert signal.getsignal(number) is before
 
 
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.received == 0
+    assert signal.signal(signal.SIGHUP, previous) == signal.SIG_IGN
+
+
 def test_a_signal_that_was_held_back_arrives():
     """As in launch_slurm.py's tasks, which block the signals until there is a handler."""
     signal.pthread_sigmask(signal.SIG_BLOCK, StopSignal.SIGNALS)
@@ -524,7 +533,7 @@ def test_an_error_of_every_rank_is_printed_once(tiny, tmp_path, restart):
     assert output.count("error: optimizer.lr") == 1 + int(restart)
 
 
-@pytest.mark.parametrize("module", ["train", "launch_slurm"])
+@pytest.mark.parametrize("module", ["train", "launch_slurm", "models", "data"])
 def test_environment_is_set_before_torch_is_loaded(module):
     """OpenMP and the allocator read their variables only when they are loaded."""
     code = f"""

@@ -7,6 +7,7 @@ The random tests can run for longer than in the suite:
 KILLS=50 FUZZ=5000 LONG=20000 python -m pytest tests/test_faults.py -s
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -39,6 +40,7 @@ from conftest import (
     iterations,
     last_iteration,
     set_in_heads,
+    sibling,
     skip,
     tiny_config,
     wait_for,
@@ -554,6 +556,52 @@ def test_full_disk(tiny, run, disk, lasting):
     assert iterations(tiny) == list(range(1, 61))
 
 
+# --------------------------------------------------------------------- A validation that goes wrong
+
+
+@pytest.mark.parametrize("checkpoint_interval", [2, 3])
+def test_a_validation_that_fails_costs_no_iteration(on_folder, tmp_path, checkpoint_interval):
+    """The state is saved, whether a checkpoint is due or not, and a resume makes up for it."""
+    shutil.rmtree(tmp_path / "set")
+    on_folder["data"] = folder_of_images(tmp_path / "set", count=12)
+    on_folder["evaluation"]["interval"] = 2
+    on_folder["checkpoint"]["interval"] = checkpoint_interval
+    straight = sibling(on_folder, "straight")
+    argv = ["--config", str(write_config(straight, tmp_path))]
+    train.main(argv)
+
+    # Not one of the files that are decoded before the start.
+    image = tmp_path / "set" / "images" / "val" / "10.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    argv = ["--config", str(write_config(on_folder, tmp_path)), "--resume-from", "auto"]
+    for _ in ("while training", "when the resume makes up for it"):
+        with pytest.raises(DataError, match="val/10.png"):
+            train.main(argv)
+        saved = checkpoint(on_folder, "iter_2.pth")
+        assert saved["validated"] is False
+        assert iterations(on_folder) == [1, 2]
+    image.write_bytes(whole)
+    train.main(argv)
+    assert_same_run(straight, on_folder)
+    assert checkpoint(on_folder)["validated"] is True
+
+
+def test_resuming_from_an_earlier_checkpoint_leaves_no_later_best(finished, run):
+    """best.pth and later checkpoints belong to the course that is abandoned."""
+    folder = Path(finished["work_dir"])
+    path = folder / "iter_3.pth"
+    run(finished, "--no-validate", "--resume-from", path, "--options", "optimizer.lr=0.001")
+    assert not (folder / "best.pth").exists()
+    assert checkpoint(finished, "best.pth.old")["iteration"] == 6
+    # A best one that is still there is found again.
+    torch.save(
+        checkpoint(finished) | {"best": {"mIoU": 0.5, "iteration": 3}}, folder / "iter_6.pth"
+    )
+    run(finished, "--no-validate", "--resume-from", "auto")
+    assert checkpoint(finished, "best.pth")["iteration"] == 3
+
+
 # -------------------------------------------------------------------------- Numbers that go wrong
 
 
@@ -642,6 +690,15 @@ def test_killed_worker_ends_the_run(tiny, run):
     assert process.wait(30) == [1]
     assert "error: a data worker has died" in process.output()
     assert "Traceback" not in process.output()
+
+
+def test_training_in_a_thread(tiny, tmp_path):
+    """As libraries for hyperparameter search do it. Signals are not for such a run."""
+    tiny["data"]["workers"] = 1
+    argv = ["--config", str(write_config(tiny, tmp_path))]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(train.main, argv).result(timeout=120) == "done"
+    assert checkpoint(tiny)["iteration"] == 6
 
 
 # -------------------------------------------------------------------------- Killed at any moment
