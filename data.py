@@ -1267,8 +1267,9 @@ def build_dataset(kind: str, split: str, in_channels: int, keywords: dict):
     """Build a split of the data set `kind`, a key of DATASETS; `keywords` are those of its own."""
     if kind not in DATASETS:
         raise DataError(f"data.type: {kind} is none of {', '.join(DATASETS)}")
-    if "root" in keywords:
-        keywords = keywords | {"root": os.path.expanduser(keywords["root"])}
+    for key, value in keywords.items():
+        if isinstance(value, str):  # root, and paths that may be absolute, such as `files`
+            keywords = keywords | {key: os.path.expanduser(value)}
     if "in_channels" in inspect.signature(DATASETS[kind]).parameters:
         keywords = keywords | {"in_channels": in_channels}
     dataset = DATASETS[kind](split, **keywords)

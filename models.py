@@ -4066,9 +4066,9 @@ def load_pretrained(model: Segmentor) -> str | None:
     It can be the name of torchvision's weights (IMAGENET1K_V1, torchvision://resnet50), a name in
     PRETRAINED, a URL or a file. Returns None if it is null. Raises ConfigError.
     """
-    name = model.pretrained
-    if name is None:
+    if model.pretrained is None:
         return None
+    name = os.path.expanduser(model.pretrained)
     backbone = model.backbone
     try:
         exists = os.path.exists(name)
@@ -4197,18 +4197,20 @@ def load_weights(model: Segmentor, state: dict) -> str:
 
 
 def plain_state(state):
-    """The tensors of a state_dict, or of a checkpoint with one, without DDP's prefix `module.`.
+    """The tensors of a state_dict, or of a checkpoint with one, named as in the plain network.
 
-    Those of a checkpoint's moving average, `ema`, come first.
+    Those of a checkpoint's moving average, `ema`, come first. Without what wrappers add to the
+    names: DDP and AveragedModel `module.`, Lightning `model.`, torch.compile and FSDP more.
     """
-    for key in ("ema", "state_dict", "model"):
+    for key in ("ema", "state_dict", "model_state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    return {
-        key.removeprefix("module."): value
-        for key, value in state.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
+    wrappers = r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    plain = {}
+    for key, value in state.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            plain[re.sub(r"^((module|model)\.)+", "", re.sub(wrappers, "", key))] = value
+    return plain
 
 
 def load_matching(module: nn.Module, state: dict[str, Tensor]) -> str:

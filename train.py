@@ -207,7 +207,7 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     Raises ConfigError with the place of what is wrong.
     """
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(Path(path).expanduser().read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
@@ -229,6 +229,7 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     check_keywords(Config, config, "config")
     if not config.get("work_dir"):
         config["work_dir"] = f"work_dirs/{Path(path).stem}"
+    config["work_dir"] = os.path.expanduser(config["work_dir"])
     config = Config(**config)
     check_config(config)
     return config
@@ -648,7 +649,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
     Raises CheckpointError.
     """
-    if not Path(path).is_file():
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
         raise CheckpointError(f"checkpoint {path} does not exist; nothing was started")
     try:
         return models.read_weights(path)
@@ -1826,15 +1828,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--config", help="a JSON file, such as one of configs/")
-    add("--work-dir", help="folder of logs and checkpoints; default: the config's work_dir")
+    path = os.path.expanduser  # the shell leaves the ~ in --config=~/mine.json
+    add("--config", type=path, help="a JSON file, such as one of configs/")
+    add(
+        "--work-dir",
+        type=path,
+        help="folder of logs and checkpoints; default: the config's work_dir",
+    )
     add(
         "--resume-from",
+        type=path,
         metavar="PATH|auto",
         help="go on from a checkpoint; auto: from the newest good one of the work_dir, if any",
     )
     add(
         "--load-from",
+        type=path,
         metavar="PATH",
         help="take weights only (MMSegmentation's .pth too) and start at iteration 0",
     )
@@ -1851,6 +1860,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--show-dir",
+        type=path,
         metavar="DIR",
         help="write each validation image's prediction there as a PNG with a palette",
     )

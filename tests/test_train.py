@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -272,6 +273,65 @@ def test_load_from_takes_weights_only(straight, tiny, run, tmp_path):
     process = run(tiny, "--no-validate", "--load-from", tmp_path / "published.pth")
     assert "decode_head.conv_seg.weight" in process.output()
     assert iterations(tiny) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    [
+        ("state_dict", "module."),
+        ("model", "_orig_mod."),
+        ("model_state_dict", "module._orig_mod."),
+        ("state_dict", "_orig_mod.module."),
+        ("state_dict", "model.backbone._orig_mod."),
+        (None, "module.module."),
+    ],
+)
+def test_weights_of_wrapped_networks(straight, tiny, key, prefix):
+    """As torch.compile, DDP, AveragedModel and Lightning save them."""
+    state = checkpoint(straight)["state_dict"]
+    wrapper, _, part = prefix.partition("backbone.")
+    wrapped = {}
+    for name, value in state.items():
+        wrapped[wrapper + name.replace("backbone.", f"backbone.{part}")] = value
+    model = models.build_model(tiny["model"])
+    report = models.load_weights(model, {key: wrapped} if key else wrapped)
+    assert re.fullmatch(r"loaded (\d+) of \1 tensors", report)
+    assert_same(dict(model.state_dict()), dict(state))
+
+
+def test_home_in_every_path(tiny, tmp_path, monkeypatch):
+    """~ is the home, in the config and on the command line, for every kind of path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for kind in ("images", "labels"):
+        (tmp_path / "set" / kind).mkdir(parents=True)
+        for i in range(4):
+            array = np.full((48, 48, 3) if kind == "images" else (48, 48), i, np.uint8)
+            Image.fromarray(array).save(tmp_path / "set" / kind / f"{i}.png")
+    (tmp_path / "list.txt").write_text("0\n1\n2\n3\n")
+    backbone = models.build_model(tiny["model"]).backbone.state_dict()
+    torch.save(backbone, tmp_path / "backbone.pth")
+    tiny["model"]["backbone"]["pretrained"] = "~/backbone.pth"
+    tiny["work_dir"] = "~/first"
+    tiny["schedule"]["max_iters"] = 1
+    tiny["data"] = {
+        "type": "folder",
+        "root": "~/set",
+        "images": "images",
+        "labels": "labels",
+        "files": "~/list.txt",
+        "classes": list("abcdefgh"),
+        "cache": "~/cache",
+        "batch_size": 2,
+        "workers": 0,
+        "crop_size": [48, 48],
+    }
+    write_config(tiny, tmp_path)
+    train.main(["--config=~/config.json"])
+    train.main(["--config=~/config.json", "--resume-from=~/first/iter_1.pth"])
+    shown = ["--eval-only", "--load-from=~/first/best.pth", "--show-dir=~/shown"]
+    train.main(["--config=~/config.json", "--work-dir=~/second", *shown])
+    for name in ("first/iter_1.pth", "second/train.log", "cache", "shown"):
+        assert (tmp_path / name).exists(), name
 
 
 def test_resume_reports_what_changed_in_the_config(finished, run):
