@@ -24,6 +24,7 @@ import re
 import resource
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -802,6 +803,8 @@ def initialize(state: TrainState, args: argparse.Namespace, config: Config) -> l
         )
     if state.model.pretrained and is_main:  # `distribute` sends rank 0's weights to the others
         notes.append(models.load_pretrained(state.model))
+    if not state.model.pretrained:
+        notes.append("from scratch: all weights are random")
     return notes
 
 
@@ -1112,15 +1115,15 @@ def table(metrics: dict, classes: Sequence[str]) -> str:
     def percent(value: float | None) -> str:
         return "     -" if value is None else f"{100 * value:6.2f}"
 
-    width = max(map(len, classes))
+    width = min(72, max(map(len, classes)))
     lines = [f"{'class':{width}}    IoU    Acc   Dice"]
     absent = []
     for name, *values in zip(classes, metrics["IoU"], metrics["Acc"], metrics["Dice"]):
-        lines.append(" ".join([f"{name:{width}}", *map(percent, values)]))
+        lines.append(" ".join([f"{name[:width]:{width}}", *map(percent, values)]))
         if values[0] is None:
             absent.append(name)
     if absent:
-        lines.append(f"left out of the means, as they never occur: {', '.join(absent)}")
+        lines.append(wrap_line(f"left out of the means, as they never occur: {', '.join(absent)}"))
     return "\n".join(lines)
 
 
@@ -1601,7 +1604,7 @@ def report(
         enough = math.ceil(max(data.workers, 1) * seconds / (seconds - data_wait))
         line += f"; waiting for data {share:.0f} % of the time: "
         line += f"set data.workers={enough}, or data.cache to a folder on a local disk"
-    run_dir.log(line)
+    run_dir.log(wrap_line(line))
     values = {"lr": lr, "time": seconds, "data_time": data_wait, "memory": memory}
     run_dir.metrics("train", state.iteration, values | losses)
 
@@ -1611,11 +1614,105 @@ def duration(seconds: float) -> str:
     return f"{hours}:{seconds // 60:02d}:{seconds % 60:02d}"
 
 
-def model_summary(model: Segmentor) -> str:
-    parts = [model.backbone, model.neck, model.decode_head]
+def wrap_line(text: str) -> str:
+    """Folds a long text, so that lines of train.log with their time stay below 120 columns."""
+    text = text.replace(": ", ":\N{NO-BREAK SPACE}")  # keeps a name beside its value
+    lines = textwrap.wrap(text, 95, break_long_words=False, break_on_hyphens=False)
+    return "\n    ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def announce(
+    state: TrainState,
+    notes: list[str],
+    data: Data,
+    args: argparse.Namespace,
+    config: Config,
+    precision: str,
+    device: torch.device,
+    run_dir: RunDir,
+) -> None:
+    """Logs what runs on which data, where it starts and what is to come."""
+    if dist_utils.rank() > 0:
+        return
+    model = state.model
+    parts = [model.backbone, model.neck, model.decode_head, model.auxiliary_head]
     names = [type(part).__name__ for part in parts if part is not None]
     count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{', '.join(names)}, {count / 1e6:.1f} M parameters"
+    network = f"network: {', '.join(names)}: {count / 1e6:.1f} M parameters"
+    flops = count_flops(config)
+    if flops:
+        height, width = config.data["crop_size"]
+        network += f", {flops / 1e9:.1f} GFLOPs for {height} x {width} pixels"
+    sizes = []
+    if not args.eval_only:
+        sizes.append(f"{len(data.train)} images to train on")
+    if args.eval_only or not args.no_validate:
+        sizes.append(f"{len(data.val)} to evaluate on")
+    world_size = dist_utils.world_size()
+    share = data.batch_size // (world_size * data.accumulate)
+    batch = f"batch: {data.batch_size} = {world_size} x {share} x {data.accumulate}"
+    batch += " (processes x images x data.accumulate)"
+    place = f"on {device.type}"
+    if device.type == "cuda":
+        place += f" ({torch.cuda.get_device_name(device)})"
+    for line in (
+        network,
+        f"data: {data.type}, {', '.join(sizes)}; {len(data.classes)} classes",
+        f"{batch}, in {precision} {place}",
+        f"work_dir: {config.work_dir}",
+    ):
+        run_dir.log(wrap_line(line))
+    run_dir.log(*notes)
+    run_dir.log(*map(wrap_line, batch_warnings(model, data) + setting_warnings(config, data)))
+    if not args.eval_only:
+        run_dir.log(what_is_to_come(state, args, config))
+
+
+def count_flops(config: Config) -> int | None:
+    """Multiplications and additions of one image's forward pass; None if it needs real values."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with contextlib.suppress(Exception), torch.device("meta"), torch.no_grad():
+        model = models.build_model(config.model).eval()
+        channels = config.data.get("in_channels", 3)
+        image = torch.zeros(1, channels, *config.data["crop_size"])
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+        return counter.get_total_flops()
+    return None
+
+
+def what_is_to_come(state: TrainState, args: argparse.Namespace, config: Config) -> str:
+    max_iters = config.schedule["max_iters"]
+    if state.iteration >= max_iters and state.validated:
+        return (
+            f"this run is finished: it is at iteration {state.iteration} of {max_iters}. "
+            "To train on, raise schedule.max_iters."
+        )
+    interval = config.evaluation.interval
+    steps = max(0, max_iters - state.iteration)
+    validations = math.ceil(max_iters / interval) - state.iteration // interval
+    if not state.validated:
+        validations += 1
+    if args.no_validate:
+        validations = 0
+    return f"to come: iterations: {steps}, validations: {validations}"
+
+
+def last_lines(state: TrainState, config: Config, run_dir: RunDir) -> list[str]:
+    """The result of a finished run: where it is, and what to do with it."""
+    weights = run_dir.path / "latest.pth"
+    lines = []
+    if state.best:
+        score = f"best mIoU {100 * state.best['mIoU']:.2f} at iteration {state.best['iteration']}"
+        if (run_dir.path / "best.pth").exists():
+            weights = run_dir.path / "best.pth"
+        lines.append(f"{score}: {weights}")
+    preview = run_dir.path / "preview" / f"iter_{state.iteration}.png"
+    if preview.exists():
+        lines.append(f"preview: {preview}")
+    lines.append(f"next: python train.py --load-from {weights} --predict IMAGES --show-dir DIR")
+    return lines
 
 
 def build_network(config: Config, data: Data) -> Segmentor:
@@ -1731,9 +1828,7 @@ def run(  # noqa: PLR0915
     # The run directory.
     run_dir = RunDir(Path(config.work_dir), config.checkpoint.keep)
     run_dir.open(config, state, args.eval_only)
-    summary = f"{model_summary(model)}; {world_size} process(es) on {device.type} in {precision}"
-    notes += batch_warnings(model, data) + setting_warnings(config, data)
-    run_dir.log(f"{summary}; work_dir {config.work_dir}", *notes)
+    announce(state, notes, data, args, config, precision, device, run_dir)
     due = functools.partial(is_due, state, max_iters)
     evaluation = functools.partial(validate, state, data, device, autocast, args, config, run_dir)
     if args.eval_only:
@@ -1817,6 +1912,7 @@ def run(  # noqa: PLR0915
         return "stopped"
     if run_dir.save_error:
         raise CheckpointError(f"the last {run_dir.save_error}")
+    run_dir.log(*last_lines(state, config, run_dir))
     return "done"
 
 

@@ -344,6 +344,42 @@ def test_resume_reports_what_changed_in_the_config(finished, run):
     assert metrics(finished)[-1]["lr"] == pytest.approx(expected)
 
 
+def test_finished_run_that_is_started_again_says_so(finished, run):
+    before = files_of(finished)
+    output = run(finished, "--resume-from", "auto").output()
+    assert "this run is finished: it is at iteration 6 of 6" in output
+    assert "best.pth" in output.splitlines()[-3]
+    assert files_of(finished)["latest.pth"] == before["latest.pth"]
+
+
+def test_lines_of_the_log_are_short():
+    losses = {f"decode_{i}.loss_{name}": 0.123 for i in range(3) for name in ("ce", "dice")}
+    line = ", ".join(f"{name}: {value:.4f}" for name, value in losses.items())
+    folded = train.wrap_line(line)
+    assert max(map(len, folded.splitlines())) < 100
+    assert " ".join(folded.split()) == line
+    assert not any(text.endswith(":") for text in folded.splitlines())
+    names = ["a name of a class " * 20, "b"]
+    metrics = {key: [0.5, None] for key in ("IoU", "Acc", "Dice")}
+    assert max(map(len, train.table(metrics, names).splitlines())) < 100
+
+
+def test_settings_that_are_hardly_meant_are_named(tiny, tmp_path, recwarn):
+    tiny["data"]["workers"] = 500
+    tiny["schedule"] |= {"warmup": "linear", "warmup_iters": 7}
+    config = train.read_config(write_config(tiny, tmp_path))
+    data = train.Data(**config.data)
+    data.train_batches()
+    first, second = train.setting_warnings(config, data)
+    assert "data.workers is 500" in first
+    assert "schedule.warmup_iters is 7, but max_iters 6" in second
+    assert not recwarn.list
+    tiny["data"]["workers"] = 1
+    tiny["schedule"]["warmup_iters"] = 6
+    config = train.read_config(write_config(tiny, tmp_path))
+    assert train.setting_warnings(config, train.Data(**config.data)) == []
+
+
 # -------------------------------------------------------------------------------------- Evaluation
 
 
@@ -510,6 +546,19 @@ def test_files_of_a_run(tiny, run):
     log = (folder / "train.log").read_text()
     for part in ("Iter [6/6] lr: 2.", "decode.loss_ce: ", "aux.loss_ce: ", "mIoU"):
         assert part in log
+    for part in (
+        "network: ResNet, PSPHead, FCNHead: 0.2 M parameters, 0.0 GFLOPs for 48 x 48 pixels",
+        "data: synthetic, 10 images to train on, 4 to evaluate on; 8 classes",
+        "batch: 4 = 1 x 4 x 1 (processes x images x data.accumulate), in fp32 on cpu",
+        f"work_dir: {folder}",
+        "from scratch: all weights are random",
+        "to come: iterations: 6, validations: 1",
+        f"at iteration 6: {folder}/best.pth",
+        f"preview: {folder}/preview/iter_6.png",
+        f"next: python train.py --load-from {folder}/best.pth --predict IMAGES --show-dir DIR",
+    ):
+        assert part in log
+    assert max(len(line) for line in log.splitlines() if str(folder) not in line) < 120
     preview = Image.open(folder / "preview" / "iter_6.png")
     assert preview.width % 3 == 0
 
