@@ -79,6 +79,7 @@ class Evaluation:
     """The `evaluation` section.
 
     interval: iterations between validations.
+    patience: the run ends after so many validations in a row without a better mIoU.
     mode: "whole" images, or "slide": windows whose logits are averaged where they overlap.
     crop_size, stride: (height, width) of a window, and (down, right) from one to the next, pixels.
     scale: (width, height) that images are resized to fit into; labels never are.
@@ -87,6 +88,7 @@ class Evaluation:
     """
 
     interval: int = 4000
+    patience: int | None = None
     mode: str = "whole"
     crop_size: tuple[int, int] | None = None
     stride: tuple[int, int] | None = None
@@ -96,6 +98,8 @@ class Evaluation:
 
     def __post_init__(self):
         require_positive("evaluation", self, "interval", "batch_size")
+        is_valid = self.patience is None or self.patience >= 1
+        require(is_valid, "evaluation.patience", self.patience, "at least 1, or null")
         is_valid = min(self.scale or [1]) >= 1
         require(is_valid, "evaluation.scale", self.scale, "[width, height] above 0, or null")
         is_valid = min(self.ratios, default=0) > 0
@@ -714,6 +718,7 @@ class TrainState:
     ema: a copy of the model that holds the moving average of its weights, or None.
     iteration: optimizer steps finished.
     best: {"mIoU", "iteration"} of the best validation so far.
+    validations_since_best: the validations after it.
     validated: False as long as the validation that is due at this iteration is not finished.
     log_sizes: bytes of each log file at the checkpoint. Later lines will be written again.
     resumed_from: the checkpoint that was loaded, or None.
@@ -732,6 +737,7 @@ class TrainState:
         self.ema = copy.deepcopy(model).eval().requires_grad_(False) if with_ema else None
         self.iteration = 0
         self.best = None
+        self.validations_since_best = 0
         self.validated = True
         self.resumed_from = None
         # Without a checkpoint, logs are left over from a run that died before its first save.
@@ -744,6 +750,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "iteration": self.iteration,
             "best": self.best,
+            "validations_since_best": self.validations_since_best,
             "validated": self.validated,
         }
         if self.ema is not None:
@@ -764,6 +771,7 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.iteration = checkpoint["iteration"]
         self.best = checkpoint.get("best")
+        self.validations_since_best = checkpoint.get("validations_since_best", 0)
         self.validated = checkpoint.get("validated", True)
         self.log_sizes = checkpoint.get("logs", {})
 
@@ -1540,7 +1548,9 @@ def validate(
     )
     run_dir.metrics("val", state.iteration, metrics)
     if state.best and metrics["mIoU"] <= state.best["mIoU"]:
+        state.validations_since_best += 1
         return False
+    state.validations_since_best = 0
     state.best = {"mIoU": metrics["mIoU"], "iteration": state.iteration}
     return True
 
@@ -1548,6 +1558,17 @@ def validate(
 def is_due(state: TrainState, max_iters: int, interval: int) -> bool:
     """What happens every `interval` iterations also happens after the last one."""
     return state.iteration % interval == 0 or state.iteration == max_iters
+
+
+def is_out_of_patience(state: TrainState, config: Config) -> bool:
+    """Whether evaluation.patience ends the run, since the mIoU has stopped to grow."""
+    patience = config.evaluation.patience
+    return patience is not None and state.validations_since_best >= patience
+
+
+def is_finished(state: TrainState, config: Config) -> bool:
+    is_last = state.iteration >= config.schedule["max_iters"]
+    return state.validated and (is_last or is_out_of_patience(state, config))
 
 
 def checkpoint_content(state: TrainState, config: Config, data: Data) -> dict:
@@ -1684,10 +1705,11 @@ def count_flops(config: Config) -> int | None:
 
 def what_is_to_come(state: TrainState, args: argparse.Namespace, config: Config) -> str:
     max_iters = config.schedule["max_iters"]
-    if state.iteration >= max_iters and state.validated:
+    if is_finished(state, config):
+        key = "evaluation.patience" if state.iteration < max_iters else "schedule.max_iters"
         return (
             f"this run is finished: it is at iteration {state.iteration} of {max_iters}. "
-            "To train on, raise schedule.max_iters."
+            f"To train on, raise {key}."
         )
     interval = config.evaluation.interval
     steps = max(0, max_iters - state.iteration)
@@ -1703,6 +1725,11 @@ def last_lines(state: TrainState, config: Config, run_dir: RunDir) -> list[str]:
     """The result of a finished run: where it is, and what to do with it."""
     weights = run_dir.path / "latest.pth"
     lines = []
+    if state.iteration < config.schedule["max_iters"]:
+        lines.append(
+            f"finished early: the last {state.validations_since_best} validations brought no "
+            "better mIoU (evaluation.patience)"
+        )
     if state.best:
         score = f"best mIoU {100 * state.best['mIoU']:.2f} at iteration {state.best['iteration']}"
         if (run_dir.path / "best.pth").exists():
@@ -1856,8 +1883,10 @@ def run(  # noqa: PLR0915
                 state.validated = is_best is not None
                 best = ["best.pth"] if is_best else []
                 # A checkpoint is written once more, with its score. Where none was due, one is
-                # written if there is no score, so that a resume can make up for the validation.
-                names = names + best if state.validated == checkpoint_is_due else best
+                # written if there is no score, so that a resume can make up for the validation,
+                # and at the end of the run.
+                is_needed = state.validated == checkpoint_is_due or is_finished(state, config)
+                names = names + best if is_needed else best
                 if names:
                     save(state, config, data, run_dir, names)
 
@@ -1867,7 +1896,7 @@ def run(  # noqa: PLR0915
         warm_up(state, net, data, autocast, run_dir)
         timer = StepTimer()
         stopping = not state.validated
-        while state.iteration < max_iters and not stopping:
+        while not stopping and not is_finished(state, config):
             # All that is scheduled or random is a function of the iteration: a resumed run is the
             # same run.
             lr = set_learning_rate(optimizer, state.iteration, config)
@@ -1904,7 +1933,7 @@ def run(  # noqa: PLR0915
                 )
             stopping = stopping or not state.validated
 
-    if state.iteration < max_iters or not state.validated:
+    if not is_finished(state, config):
         run_dir.log(
             f"stopped by a signal after iteration {state.iteration} of {max_iters}; "
             "go on with --resume-from auto"

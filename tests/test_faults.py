@@ -132,6 +132,7 @@ def test_misspelled_key_anywhere(tiny, tmp_path):
         ("schedule.iteration=3", ["schedule.iteration", "leave it out"]),
         ("evaluation.mode=slide", ["evaluation.crop_size"]),
         ("evaluation.interval=0", ["evaluation.interval"]),
+        ("evaluation.patience=0", ["evaluation.patience", "null"]),
         ("evaluation.ratios=[]", ["evaluation.ratios"]),
         ("evaluation.scale=[0,0]", ["evaluation.scale"]),
         (

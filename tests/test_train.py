@@ -352,6 +352,35 @@ def test_finished_run_that_is_started_again_says_so(finished, run):
     assert files_of(finished)["latest.pth"] == before["latest.pth"]
 
 
+def test_patience_ends_the_run_and_survives_a_resume(tiny, run):
+    """With a learning rate of 0, the first mIoU is the best: three validations later it ends."""
+    tiny["model"] = WITHOUT_BATCH_NORM
+    tiny["optimizer"] = {"type": "SGD", "lr": 0.0}
+    tiny["schedule"] = {"max_iters": 9}
+    tiny["evaluation"] = {"interval": 1, "patience": 3}
+    tiny["checkpoint"] = {"interval": 2, "keep": 9}
+    output = run(tiny, world_size=2).output()
+    assert "finished early: the last 3 validations" in output
+    assert iterations(tiny) == [1, 2, 3, 4]
+    end = checkpoint(tiny)
+    assert end["iteration"] == 4
+    assert end["best"]["iteration"] == 1
+    assert end["validations_since_best"] == 3
+
+    resumed = sibling(tiny, "resumed")
+    path = Path(tiny["work_dir"]) / "iter_2.pth"
+    run(resumed, "--resume-from", path, world_size=2)
+    assert iterations(resumed) == [3, 4]
+    assert checkpoint(resumed)["validations_since_best"] == 3
+    output = run(resumed, "--resume-from", "auto").output()
+    assert "this run is finished: it is at iteration 4 of 9" in output
+    assert iterations(resumed) == [3, 4]
+    more = ("evaluation.patience=4", "evaluation.interval=3")
+    run(resumed, "--resume-from", "auto", "--options", *more)
+    assert iterations(resumed) == [3, 4, 5, 6]
+    assert checkpoint(resumed)["iteration"] == 6  # where no checkpoint was due
+
+
 def test_lines_of_the_log_are_short():
     losses = {f"decode_{i}.loss_{name}": 0.123 for i in range(3) for name in ("ce", "dice")}
     line = ", ".join(f"{name}: {value:.4f}" for name, value in losses.items())
