@@ -4169,13 +4169,15 @@ def torchvision_url(name, backbone_name):
     return weights[name].url
 
 
-def load_weights(model: Segmentor, state: dict) -> str:
+def load_weights(model: Segmentor, state: dict, complete: bool = False) -> str:
     """Load every tensor of `state` that matches the model's by name and shape.
 
     state: of this code, of MMSegmentation (a checkpoint or its state_dict), or of torchvision's
         fcn_resnet and deeplabv3_resnet.
+    complete: require all that a prediction depends on, which is all but the auxiliary heads.
 
-    Returns a report that names all other tensors. Raises ConfigError if none matches.
+    Returns a report that names all other tensors. Raises ConfigError if none matches, or not all
+    that are required.
     """
     state = plain_state(state)
     if any(key.startswith("classifier.") for key in state):
@@ -4193,7 +4195,15 @@ def load_weights(model: Segmentor, state: dict) -> str:
                 (r"^head", "decode_head"),
             ],
         )
-    return load_matching(model, state)
+    report = load_matching(model, state)
+    for key, value in model.state_dict().items():
+        is_needed = value.is_floating_point() and not key.startswith("auxiliary_head.")
+        if complete and is_needed and (key not in state or state[key].shape != value.shape):
+            raise ConfigError(
+                f"these are not the weights of this network: {key} {tuple(value.shape)} would keep "
+                f"its random values; {report}"
+            )
+    return report
 
 
 def plain_state(state):

@@ -776,7 +776,9 @@ class TrainState:
         self.log_sizes = checkpoint.get("logs", {})
 
 
-def initialize(state: TrainState, args: argparse.Namespace, config: Config) -> list[str]:
+def initialize(
+    state: TrainState, args: argparse.Namespace, config: Config, classes: list[str]
+) -> list[str]:
     """Sets the state that the run starts from. Returns notes for the log.
 
     In order of precedence:
@@ -784,6 +786,8 @@ def initialize(state: TrainState, args: argparse.Namespace, config: Config) -> l
     2. --load-from: weights only, at iteration 0; their moving average if the checkpoint has one.
     3. model.backbone.pretrained: weights of the backbone.
     4. From scratch.
+
+    classes: of the data set. Those of the weights may be others, except for an evaluation.
     """
     is_main = dist_utils.rank() == 0
     path = args.resume_from
@@ -798,10 +802,17 @@ def initialize(state: TrainState, args: argparse.Namespace, config: Config) -> l
         if path is None:
             notes.append("no checkpoint yet: starting afresh")
 
+    if path or args.load_from:
+        checkpoint = checkpoint or load_checkpoint(path or args.load_from)
+        difference = compare_classes(checkpoint, classes)
+        if difference:
+            notes.append(f"{path or args.load_from}: {difference}")
+        if difference and args.eval_only:
+            raise CheckpointError(f"{notes[-1]}. Evaluate it with a config that has its classes.")
     if path:
-        return notes + resume(state, path, checkpoint or load_checkpoint(path), config)
+        return notes + resume(state, path, checkpoint, config)
     if args.load_from:
-        report = models.load_weights(state.model, load_checkpoint(args.load_from))
+        report = models.load_weights(state.model, checkpoint, complete=args.eval_only)
         if state.ema is not None:
             state.ema.load_state_dict(state.model.state_dict())
         return [*notes, f"weights from {args.load_from}: {report}"]
@@ -814,6 +825,26 @@ def initialize(state: TrainState, args: argparse.Namespace, config: Config) -> l
     if not state.model.pretrained:
         notes.append("from scratch: all weights are random")
     return notes
+
+
+def compare_classes(checkpoint: dict, classes: list[str]) -> str:
+    """How the classes of a checkpoint, ours or MMSegmentation's, differ from the data set's.
+
+    Empty if they do not, but for the case and the spaces in their names, or if it names none.
+    """
+    found = checkpoint
+    for key in ("meta", "dataset_meta"):
+        if isinstance(found.get(key), dict):
+            found = found[key]
+    trained = found.get("classes") or found.get("CLASSES") or classes
+    for number, (theirs, ours) in enumerate(itertools.zip_longest(trained, classes)):
+        if re.sub(r"[\W_]+", "", str(theirs)).lower() != re.sub(r"[\W_]+", "", str(ours)).lower():
+            return (
+                "it was trained for other classes than the data set's, or in another order: it has "
+                f"{len(trained)}, the data set {len(classes)}, and number {number} is {theirs!r} "
+                f"there, {ours!r} here"
+            )
+    return ""
 
 
 def resume(state: TrainState, path: str | Path, checkpoint: dict, config: Config) -> list[str]:
@@ -1208,6 +1239,45 @@ def predict_logits(
     return model.inference(image, **options)
 
 
+def not_finite_output(
+    index_losses: list[tuple[list[int], Tensor]], data: Data, device: torch.device
+) -> UserError:
+    """Names the images of all processes for which the network's output is not finite.
+
+    index_losses: the images' numbers and the loss () of each batch of this process.
+    """
+    is_bad = torch.zeros(len(data.val), device=device)
+    for index, loss in index_losses:
+        is_bad[index] = float(not loss.isfinite())
+    bad = dist_utils.all_reduce(is_bad).nonzero()[:, 0].tolist()
+    names = ", ".join(data.val.name(i) for i in bad[:8])
+    return UserError(
+        f"the network's output for {len(bad)} of {len(data.val)} images is not finite: {names}. "
+        "If these images are as they should be, the weights or a running variance have diverged, "
+        "or numbers exceed the range of precision=fp16."
+    )
+
+
+def too_small(
+    error: Exception, model: Segmentor, image: Tensor, data: Data, batch: dict
+) -> UserError | None:
+    """The UserError to raise instead of `error` if the network takes larger images than these."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
+    size = list(image.shape[2:])
+    larger = [max(sides) for sides in zip(size, data.sampling["crop_size"])]
+    try:
+        model(image.new_zeros(1, image.size(1), *larger))
+    except Exception:
+        return None
+    names = [data.val.name(i) for i in batch["index"].tolist()]
+    return UserError(
+        f"{', '.join(names)}: the network cannot take images of {size} pixels ([height, width], "
+        f"after evaluation.scale and times evaluation.ratios), but of {larger}: {error}. Set a "
+        "larger evaluation.scale, or leave these images out."
+    )
+
+
 @torch.inference_mode()
 def evaluate(
     model: Segmentor,
@@ -1236,6 +1306,7 @@ def evaluate(
     confusion = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     is_interrupted = torch.zeros((), device=device)
+    index_losses = []  # the images' numbers and the loss () of each batch
     batches = data.val_batches(
         dist_utils.rank(),
         dist_utils.world_size(),
@@ -1249,9 +1320,13 @@ def evaluate(
                 is_interrupted += 1
                 break
             image, label = data.prepare(batch, device)
-            logits = predict_logits(model, image.to(dtype), label.shape[1:], settings, augment)
+            try:
+                logits = predict_logits(model, image.to(dtype), label.shape[1:], settings, augment)
+            except Exception as error:
+                raise too_small(error, model, image, data, batch) or error from None
             prediction, loss_sum = classify(logits, label, model.align_corners, model.threshold)
             loss += loss_sum
+            index_losses.append((batch["index"].tolist(), loss_sum))
             cell = label.long() * num_classes + prediction
             cell = torch.where(label == IGNORE, num_classes * num_classes, cell).flatten()
             confusion.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would sync the GPU
@@ -1264,6 +1339,8 @@ def evaluate(
         return None
     dist_utils.all_reduce(confusion)
     dist_utils.all_reduce(loss)
+    if not loss.isfinite():
+        raise not_finite_output(index_losses, data, device)
     confusion = confusion[:-1].view(num_classes, num_classes)
     metrics = compute_metrics(confusion)
     metrics["loss"] = (loss / confusion.sum().clamp(min=1)).item()
@@ -1845,7 +1922,7 @@ def run(  # noqa: PLR0915
 
     # Where to start.
     state = TrainState(model, optimizer, scaler, with_ema=config.ema_decay is not None)
-    notes = [*notes, *initialize(state, args, config)]
+    notes = [*notes, *initialize(state, args, config, data.classes)]
     start = state.iteration
     net = wrap(model, config)
     batches = None

@@ -588,6 +588,100 @@ def test_a_validation_that_fails_costs_no_iteration(on_folder, tmp_path, checkpo
     assert checkpoint(on_folder)["validated"] is True
 
 
+def without_head(content: dict) -> None:
+    for key in list(content["state_dict"]):
+        if key.startswith("decode_head"):
+            del content["state_dict"][key]
+
+
+def without_one_layer(content: dict) -> None:
+    del content["state_dict"]["backbone.layer2.0.conv1.weight"]
+
+
+def of_other_shape(content: dict) -> None:
+    content["state_dict"]["decode_head.conv_seg.weight"] = torch.zeros(3, 16, 1, 1)
+
+
+def classes_in_another_order(content: dict) -> None:
+    content["classes"].reverse()
+
+
+def fewer_classes(content: dict) -> None:
+    content["classes"].pop()
+
+
+def other_classes_of_mmsegmentation(content: dict) -> None:
+    content["meta"] = {"CLASSES": (*content.pop("classes")[:-1], "giraffe")}
+
+
+def other_classes_of_mmengine(content: dict) -> None:
+    classes = [*content.pop("classes"), "giraffe"]
+    content["meta"] = {"dataset_meta": {"classes": classes}}
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (without_head, "decode_head"),
+        (without_one_layer, "backbone.layer2.0.conv1.weight"),
+        (of_other_shape, "decode_head.conv_seg.weight"),
+        (classes_in_another_order, "in another order"),
+        (fewer_classes, "it has 7, the data set 8"),
+        (other_classes_of_mmsegmentation, "number 7 is 'giraffe' there"),
+        (other_classes_of_mmengine, "it has 9, the data set 8"),
+    ],
+)
+def test_only_the_weights_of_this_network_and_these_classes_are_scored(
+    straight, tiny, tmp_path, change, part
+):
+    """A training may start from them, and says what does not fit."""
+    content = checkpoint(straight)
+    change(content)
+    torch.save(content, tmp_path / "changed.pth")
+    argv = ["--config", str(write_config(tiny, tmp_path)), "--load-from"]
+    argv.append(str(tmp_path / "changed.pth"))
+    with pytest.raises(train.UserError, match=part):
+        train.main([*argv, "--eval-only"])
+    assert not Path(tiny["work_dir"]).exists()
+    train.main([*argv, "--no-validate", "--options", "schedule.max_iters=1"])
+    assert part in (Path(tiny["work_dir"]) / "train.log").read_text()
+
+
+def test_weights_without_auxiliary_head_are_scored(straight, tiny, tmp_path):
+    content = checkpoint(straight)["state_dict"]
+    kept = {key: value for key, value in content.items() if not key.startswith("auxiliary")}
+    torch.save(kept, tmp_path / "kept.pth")
+    argv = ["--config", str(write_config(tiny, tmp_path)), "--eval-only", "--load-from"]
+    assert train.main([*argv, str(tmp_path / "kept.pth")]) == "done"
+
+
+def test_an_output_that_is_not_finite_is_named(on_folder, run, tmp_path):
+    """The image is named by every process, not only by the one that evaluated it."""
+    for path in (tmp_path / "set" / "images").glob("*/*.png"):
+        pixels = np.asarray(Image.open(path)).astype(np.float32)
+        if path.stem == "2" and path.parent.name == "val":
+            pixels[:] = np.nan
+        np.save(path.with_suffix(".npy"), pixels)
+        path.unlink()
+    on_folder["data"]["image_suffix"] = ".npy"
+    output = failing(run, on_folder, world_size=2)
+    message = r"output for 1 of 4 images is not finite: .*/val/2.npy\."
+    assert len(re.findall(message, output)) == 2, output
+    assert checkpoint(on_folder)["iteration"] == 6
+
+
+def test_an_image_that_is_too_small_is_named(on_folder, tmp_path):
+    on_folder["model"] = copy.deepcopy(WITHOUT_BATCH_NORM)
+    on_folder["model"]["decode_head"]["num_classes"] = 3
+    for kind in ("images", "labels"):
+        path = tmp_path / "set" / kind / "val" / "1.png"
+        Image.open(path).crop((0, 0, 20, 14)).save(path)
+    argv = ["--config", str(write_config(on_folder, tmp_path))]
+    options = ["--options", "evaluation.scale=null"]
+    with pytest.raises(train.UserError, match=r"val/1.png: the network cannot take .*\[14, 20\]"):
+        train.main([*argv, *options])
+
+
 def test_resuming_from_an_earlier_checkpoint_leaves_no_later_best(finished, run):
     """best.pth and later checkpoints belong to the course that is abandoned."""
     folder = Path(finished["work_dir"])
