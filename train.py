@@ -1240,11 +1240,11 @@ def predict_logits(
 
 
 def not_finite_output(
-    index_losses: list[tuple[list[int], Tensor]], data: Data, device: torch.device
+    index_losses: list[tuple[Tensor, Tensor]], data: Data, device: torch.device
 ) -> UserError:
     """Names the images of all processes for which the network's output is not finite.
 
-    index_losses: the images' numbers and the loss () of each batch of this process.
+    index_losses: the images' numbers (n) and the loss () of each batch of this process.
     """
     is_bad = torch.zeros(len(data.val), device=device)
     for index, loss in index_losses:
@@ -1306,7 +1306,7 @@ def evaluate(
     confusion = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     is_interrupted = torch.zeros((), device=device)
-    index_losses = []  # the images' numbers and the loss () of each batch
+    index_losses = []  # the images' numbers (n) and the loss () of each batch
     batches = data.val_batches(
         dist_utils.rank(),
         dist_utils.world_size(),
@@ -1326,7 +1326,7 @@ def evaluate(
                 raise too_small(error, model, image, data, batch) or error from None
             prediction, loss_sum = classify(logits, label, model.align_corners, model.threshold)
             loss += loss_sum
-            index_losses.append((batch["index"].tolist(), loss_sum))
+            index_losses.append((batch["index"].clone(), loss_sum))
             cell = label.long() * num_classes + prediction
             cell = torch.where(label == IGNORE, num_classes * num_classes, cell).flatten()
             confusion.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would sync the GPU
