@@ -453,6 +453,7 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
 
     They are not copied, so an optimizer that holds them stays valid. Returns `model`, or its
     replacement if it is itself a batch norm, as nn.SyncBatchNorm.convert_sync_batchnorm does.
+    Raises UserError for a class of batch norm that computes something else.
     """
     replacements = {}  # a norm that has several names remains shared
     for name, norm in list(model.named_modules(remove_duplicate=False)):
@@ -465,12 +466,30 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     return replacements.get(model, model)
 
 
+class SyncBatchNormAct(SyncBatchNorm):
+    """timm's batch norm that is followed by dropout and an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 def _as_sync_batchnorm(norm: _BatchNorm) -> SyncBatchNorm:
-    sync = SyncBatchNorm(
+    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
+    sync_class = SyncBatchNorm
+    if type(norm).__name__ == "BatchNormAct2d":
+        sync_class = SyncBatchNormAct
+    elif type(norm).forward not in known:
+        raise UserError(
+            f"{type(norm).__name__} has a forward() of its own, which would be lost when batch "
+            "norm is synchronized over processes. Use nn.BatchNorm2d, followed by what it adds."
+        )
+    sync = sync_class(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
     )
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         setattr(sync, name, getattr(norm, name))
+    for name, module in norm.named_children():  # of BatchNormAct2d
+        sync.add_module(name, module)
     return sync.train(norm.training)
 
 

@@ -820,9 +820,35 @@ class Backbone(nn.Module):
             outs.append(x)
         return [outs[i] for i in self.out_indices]
 
-    def from_torchvision(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def published_weights(self, name: str) -> dict[str, Tensor]:
+        """Download the weights that the config calls by this name."""
+        return fetch(name, self.torchvision_name)
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename the weights of torchvision's network to the names used here."""
         return state
+
+    def layer_names(self) -> list[tuple[str, ...]]:
+        """What parameters' names begin with in each layer, from the stem on, for layer decay."""
+        raise UserError(f"{type(self).__name__} does not define the layers of layer_decay")
+
+    def stage_names(self) -> list[tuple[str, ...]]:
+        """The same for each stage."""
+        raise UserError(f'{type(self).__name__} does not define decay_type "stage_wise"')
+
+    def layer_distances(self, by_stage: bool = False) -> dict[str, int]:
+        """Parameter -> the number of layers from its own up to the heads; 0 where it is left out.
+
+        by_stage: count from a stage's number, as MMSegmentation does for ConvNeXt.
+        """
+        names = self.layer_names()
+        count = len(names)
+        distances = {}
+        for number, prefixes in enumerate(self.stage_names() if by_stage else names):
+            for name, _ in self.named_parameters():
+                if name.startswith(prefixes):
+                    distances[name] = count - number
+        return distances
 
 
 def conv3x3(in_channels, out_channels, stride=1, dilation=1, groups=1):
@@ -1307,6 +1333,13 @@ class MixVisionTransformer(Backbone):
             outs.append(x)  # (N, embed_dims * num_heads[i], H/4/2**i, W/4/2**i)
         return [outs[i] for i in self.out_indices]
 
+    def layer_names(self):
+        layers = [("layers.0.0.",)]
+        for i, (_, blocks, _) in enumerate(self.layers):
+            layers += [(f"layers.{i}.1.{k}.",) for k in range(len(blocks))]
+            layers[-1] += (f"layers.{i}.2.", f"layers.{i + 1}.0.")
+        return layers
+
 
 def make_divisible(channels):
     """Round to the nearest multiple of 8, but not down by more than 10 %."""
@@ -1388,7 +1421,7 @@ class MobileNetV2(Backbone):
     def forward(self, image):
         return self.run_layers(self.conv1(image))  # (N, LAYERS[i][1] * widen_factor, h, w)
 
-    def from_torchvision(self, state):
+    def from_published(self, state):
         # torchvision has the same tensors in the same order, and features.18 for the classifier.
         tensors = [v for k, v in state.items() if re.match(r"features\.(\d|1[0-7])\.", k)]
         return dict(zip(self.state_dict(), tensors))
@@ -1475,7 +1508,22 @@ class ConvNeXt(Backbone):
             outs.append(x)  # (N, width * 2**i, H/4/2**i, W/4/2**i)
         return [getattr(self, f"norm{i}")(outs[i]) for i in self.out_indices]
 
-    def from_torchvision(self, state):
+    def layer_names(self):
+        """Three blocks of the third stage make a layer, as in BEiT's and ConvNeXt's own code."""
+        third = [f"stages.2.{k}." for k in range(len(self.stages[2]))]
+        return [
+            ("downsample_layers.0.",),
+            ("stages.0.",),
+            ("downsample_layers.1.", "stages.1."),
+            ("downsample_layers.2.", *third[:3]),
+            *(tuple(third[k : k + 3]) for k in range(3, len(third), 3)),
+            ("downsample_layers.3.", "stages.3."),
+        ]
+
+    def stage_names(self):
+        return [("downsample_layers.",), *((f"stages.{i}.",) for i in range(4))]
+
+    def from_published(self, state):
         rules = [
             (r"^classifier\.0", "norm3"),
             (r"^features\.0\.", "downsample_layers.0."),
@@ -1699,7 +1747,14 @@ class SwinTransformer(Backbone):
                 x = stage.downsample(x)
         return [getattr(self, f"norm{i}")(outs[i]).permute(0, 3, 1, 2) for i in self.out_indices]
 
-    def from_torchvision(self, state):
+    def layer_names(self):
+        layers = [("patch_embed.",)]
+        for i, stage in enumerate(self.stages):
+            layers += [(f"stages.{i}.blocks.{k}.",) for k in range(len(stage.blocks))]
+            layers[-1] += (f"stages.{i}.downsample.",)
+        return layers
+
+    def from_published(self, state):
         rules = [
             (r"^norm\.", "norm3."),
             (r"^features\.0\.0\.", "patch_embed.projection."),
@@ -1985,6 +2040,11 @@ class ViT(Backbone):
         with without_autocast(grid.device):
             y = (weights[0] @ grid.reshape(side, -1)).view(h, side, -1)
             return (weights[1] @ y).view(1, h * w, -1)
+
+    def layer_names(self):
+        tokens = (*self.extra_tokens, "mask_token", "pos_embed")
+        blocks = [(f"blocks.{i}.",) for i in range(len(self.blocks))]
+        return [(*tokens, "patch_embed.", "norm_pre."), *blocks]
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         """Without timm's classifier and a norm that only DINOv3's own training uses."""
@@ -2356,6 +2416,122 @@ class PIDNet(Backbone):
         return [proportional, fused, derivative]
 
 
+class TimmBackbone(Backbone):
+    """Any network of timm that gives feature maps, such as "convnext_tiny.fb_in22k".
+
+    `channels` and `strides` say what the maps are. `out_indices` and `drop_path_rate`: null for the
+    network's own. `options`: further keywords of timm.create_model, such as {"img_size": 512}, or
+    for images of any size {"dynamic_img_size": true} (ViT), {"strict_img_size": false} (Swin).
+    `pretrained`: "timm" for the weights of that name, which timm downloads; or their file.
+    `with_cp`: timm's own checkpointing, which updates the statistics of BN twice in each step.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        in_channels: int = 3,
+        out_indices: list[int] | None = None,
+        drop_path_rate: float | None = None,
+        with_cp: bool = False,
+        options: dict = {},
+    ):
+        try:
+            import timm
+        except ImportError:
+            raise UserError("this needs the package timm: pip install timm") from None
+        if not timm.is_model(name):
+            raise UserError(f"timm has no network {name!r}; {suggest(name, timm.list_models())}")
+        self.create = partial(timm.create_model, name, in_chans=in_channels, **options)
+        options = {"out_indices": out_indices, "drop_path_rate": drop_path_rate}
+        options = {key: value for key, value in options.items() if value is not None}
+        try:
+            net = self.create(features_only=True, **options)
+        except (AssertionError, IndexError) as error:
+            raise UserError(f"timm cannot build {name} of these values: {error}") from error
+        self.channels = net.feature_info.channels()
+        self.strides = net.feature_info.reduction()
+        count = len(self.channels)
+        super().__init__(count, in_channels=in_channels, out_indices=range(count), with_cp=with_cp)
+        self.net = net
+        self.is_channels_last = getattr(net, "output_fmt", None) == "NHWC"
+        if with_cp:
+            getattr(net, "model", net).set_grad_checkpointing()
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = self.net(image)
+        return [x.permute(0, 3, 1, 2) if self.is_channels_last else x for x in maps]
+
+    def published_weights(self, name):
+        return self.create(pretrained=True).state_dict() if name == "timm" else fetch(name, None)
+
+    def published_key(self, key: str) -> str:
+        """What timm's whole network calls a tensor, with "_" for ".", which timm replaces too."""
+        return key.removeprefix("net.").removeprefix("model.").replace(".", "_")
+
+    def from_published(self, state):
+        own = {self.published_key(key): key for key in self.state_dict()}
+        return {own.get(self.published_key(key), key): value for key, value in state.items()}
+
+    def layer_distances(self, by_stage=False):
+        from timm.models import group_parameters
+
+        if by_stage:
+            self.stage_names()
+        with torch.device("meta"):
+            whole = self.create()
+        if not hasattr(whole, "group_matcher"):
+            raise UserError(f"timm does not define the layers of {type(whole).__name__}")
+        numbers = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
+        count = max(numbers.values())  # the number of the classifier, or of the last norm
+        numbers = {self.published_key(name): number for name, number in numbers.items()}
+        names = [name for name, _ in self.named_parameters()]
+        return {name: count - numbers[self.published_key(name)] for name in names}
+
+
+class TorchvisionBackbone(Backbone):
+    """Any network of torchvision.models, such as "mobilenet_v3_large".
+
+    `return_nodes`: the layers whose outputs are the maps, as torchvision.models.feature_extraction
+    takes and lists them (get_graph_node_names). `channels` and `strides` say what the maps are.
+    `options`: further keywords of torchvision.models.get_model.
+    """
+
+    def __init__(self, *, name: str, return_nodes: dict | list[str], options: dict = {}):
+        from torchvision import models as torchvision_models
+        from torchvision.models.feature_extraction import create_feature_extractor
+
+        if name not in torchvision_models.list_models():
+            right = suggest(name, torchvision_models.list_models())
+            raise UserError(f"torchvision has no network {name!r}; {right}")
+        super().__init__(len(return_nodes), out_indices=range(len(return_nodes)))
+        self.torchvision_name = name
+
+        def build() -> nn.Module:
+            net = torchvision_models.get_model(name, weights=None, **options)
+            return create_feature_extractor(net, return_nodes)
+
+        height, width = 256, 512
+        with torch.device("meta"):
+            probe = build().eval()(torch.zeros(1, 3, height, width))
+        shapes = [x.shape for x in probe.values()]
+        self.is_channels_last = all(shape[2] == 2 * shape[1] for shape in shapes if len(shape) == 4)
+        channels_at, height_at = (3, 1) if self.is_channels_last else (1, 2)
+        for node, shape in zip(probe, shapes):
+            if len(shape) != 4:
+                raise UserError(f"return_nodes: {node} gives {list(shape)}, not a feature map")
+        self.channels = [shape[channels_at] for shape in shapes]
+        self.strides = [height // shape[height_at] for shape in shapes]
+        self.net = build()
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = self.net(image).values()
+        return [x.permute(0, 3, 1, 2) if self.is_channels_last else x for x in maps]
+
+    def from_published(self, state):
+        return {f"net.{key}": value for key, value in state.items()}
+
+
 BACKBONES = {
     "ResNet": ResNet,
     "ResNetV1c": ResNetV1c,
@@ -2368,6 +2544,8 @@ BACKBONES = {
     "VisionTransformer": VisionTransformer,
     "UNet": UNet,
     "PIDNet": PIDNet,
+    "TimmBackbone": TimmBackbone,
+    "TorchvisionBackbone": TorchvisionBackbone,
 }
 
 
@@ -3467,6 +3645,7 @@ class Segmentor(nn.Module):
         auxiliary_head: nn.Module | list[nn.Module] | None = None,
         neck: nn.Module | None = None,
         pretrained: str | None = None,
+        freeze: list[str] = (),
     ):
         super().__init__()
         last = decode_head[-1] if isinstance(decode_head, list) else decode_head
@@ -3484,6 +3663,29 @@ class Segmentor(nn.Module):
         self.out_channels = last.out_channels
         self.threshold = last.threshold
         self.align_corners = last.align_corners
+        self.frozen = []  # names of modules that stay in evaluation mode
+        for name in freeze:
+            self.freeze(name)
+
+    def freeze(self, name: str) -> None:
+        """Stops the training of a module, whose statistics stay too, or of a single parameter."""
+        modules = dict(self.named_modules())
+        parameters = dict(self.named_parameters())
+        if name and name in modules:
+            self.frozen.append(name)
+            modules[name].requires_grad_(False).eval()
+        elif name in parameters:
+            parameters[name].requires_grad_(False)
+        else:
+            shallow = [known for known in modules if known and known.count(".") < 2]
+            right = suggest(name, shallow)
+            raise ConfigError(f"model.freeze: nothing is called {name!r}; {right}")
+
+    def train(self, mode: bool = True) -> "Segmentor":
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
 
     @staticmethod
     def named_heads(heads, name):
@@ -3949,7 +4151,9 @@ def assemble(
     auxiliary_head: dict | list[dict] | None = None,
     neck: dict | None = None,
     pretrained: str | None = None,
+    freeze: list[str] = (),
 ) -> Segmentor:
+    """freeze: names of modules, such as "backbone" or "backbone.layer1", that are not trained."""
     if not decode_head:
         raise ConfigError(
             'model.decode_head: is empty; name a head, such as {"type": "FCNHead", ...}'
@@ -3970,6 +4174,7 @@ def assemble(
         build_heads(auxiliary_head, "model.auxiliary_head"),
         construct(NECKS, neck, "model.neck") if neck else None,
         pretrained,
+        freeze,
     )
 
 
@@ -4072,15 +4277,19 @@ def load_pretrained(model: Segmentor) -> str | None:
     backbone = model.backbone
     try:
         exists = os.path.exists(name)
-        torchvision_name = getattr(backbone, "torchvision_name", None)
-        state = read_weights(name) if exists else fetch(name, torchvision_name)
+        if exists:
+            state = read_weights(name)
+        elif isinstance(backbone, Backbone):
+            state = backbone.published_weights(name)
+        else:
+            state = fetch(name, None)
         state = plain_state(state)
         of_backbone = [key for key in state if key.startswith("backbone.")]
         if of_backbone:
             state = {key.removeprefix("backbone."): state[key] for key in of_backbone}
-        is_torchvision = any(key.startswith("features.") for key in state)
-        if is_torchvision and isinstance(backbone, Backbone):
-            state = backbone.from_torchvision(state)
+        is_of_others = not state.keys() & backbone.state_dict().keys()
+        if is_of_others and isinstance(backbone, Backbone):
+            state = backbone.from_published(state)
         return f"pretrained {name}: {load_matching(backbone, state)}"
     except UserError as error:
         raise ConfigError(f"model.backbone.pretrained: {name} cannot be loaded: {error}") from None

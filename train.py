@@ -10,7 +10,6 @@
 import argparse
 import ast
 import contextlib
-import copy
 import fcntl
 import functools
 import importlib.metadata
@@ -465,7 +464,8 @@ def build_optimizer(
     paramwise: {part of a parameter's name: {"lr_mult": x, "decay_mult": y}}. The longest part that
         occurs in a name counts. Where none does, `norm_decay_mult` applies to the parameters of
         norm layers, and `bias_lr_mult` and `bias_decay_mult` to the biases of other layers.
-        MMSegmentation's `custom_keys` is accepted.
+        MMSegmentation's `custom_keys` is accepted. `layer_decay` also multiplies the learning
+        rates of the backbone, see `layer_multipliers`.
 
     Parameters that share multipliers share a group, which keeps them as `lr_mult`.
     """
@@ -516,7 +516,8 @@ def group_by_multipliers(
     model: nn.Module, paramwise: dict
 ) -> dict[tuple[float, float], list[nn.Parameter]]:
     """The trainable parameters by their (lr_mult, decay_mult)."""
-    rules, general = parse_paramwise(paramwise)
+    rules, general, layer_decay = parse_paramwise(paramwise)
+    of_layers = layer_multipliers(model, **layer_decay)
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     groups = {}
     for prefix, module in model.named_modules():
@@ -533,13 +534,47 @@ def group_by_multipliers(
                 multipliers = (general["bias_lr_mult"], general["bias_decay_mult"])
             else:
                 multipliers = (1.0, 1.0)
-            groups.setdefault(multipliers, []).append(parameter)
+            lr_mult, decay_mult = multipliers
+            lr_mult *= of_layers.get(name, 1.0)
+            groups.setdefault((lr_mult, decay_mult), []).append(parameter)
     return groups
 
 
-def parse_paramwise(paramwise: dict) -> tuple[dict[str, dict], dict[str, float]]:
-    """The rules by part of a name, and the multipliers for norms and biases. Raises ConfigError."""
+def layer_multipliers(
+    model: nn.Module, layer_decay: float = 1.0, decay_type: str = "layer_wise"
+) -> dict[str, float]:
+    """Multipliers of the backbone's learning rates: layer_decay^D (BEiT, arXiv:2106.08254).
+
+    D is the number of layers from the parameter up to the heads: 1 in the last block, and in the
+    stem the number of blocks + 1. decay_type "stage_wise" gives all blocks of a stage the same D,
+    with which MMSegmentation trains ConvNeXt.
+    """
+    types = ("layer_wise", "stage_wise")
+    place = "optimizer.paramwise"
+    require(decay_type in types, f"{place}.decay_type", decay_type, " or ".join(types))
+    require(0 < layer_decay <= 1, f"{place}.layer_decay", layer_decay, "above 0, at most 1")
+    if layer_decay == 1.0:
+        return {}
+    if not hasattr(model.backbone, "layer_distances"):
+        raise ConfigError(
+            f"{place}.layer_decay: {type(model.backbone).__name__} has no method layer_distances; "
+            "define it as models.Backbone does"
+        )
+    try:
+        distances = model.backbone.layer_distances(by_stage=decay_type == "stage_wise")
+    except UserError as error:
+        raise ConfigError(f"{place}.layer_decay: {error}") from None
+    return {f"backbone.{name}": layer_decay**distance for name, distance in distances.items()}
+
+
+def parse_paramwise(paramwise: dict) -> tuple[dict[str, dict], dict[str, float], dict]:
+    """The rules by part of a name, the multipliers for norms and biases, and those of layers.
+
+    Raises ConfigError.
+    """
     rules = dict(paramwise)
+    layer_decay = {key: rules.pop(key) for key in ("layer_decay", "decay_type") if key in rules}
+    check_keywords(layer_multipliers, {"model": None} | layer_decay, "optimizer.paramwise")
     general = {}
     for key in ("norm_decay_mult", "bias_lr_mult", "bias_decay_mult"):
         general[key] = rules.pop(key, 1.0)
@@ -557,7 +592,7 @@ def parse_paramwise(paramwise: dict) -> tuple[dict[str, dict], dict[str, float]]
         )
         expected = f'{{"lr_mult": x, "decay_mult": y}}, or one of {", ".join(general)}'
         require(is_rule, f"optimizer.paramwise.{part}", rule, expected)
-    return rules, general
+    return rules, general, layer_decay
 
 
 def learning_rate(
@@ -715,7 +750,7 @@ def not_finite(state: object, key: str = "") -> list[str]:
 class TrainState:
     """Everything that a checkpoint restores.
 
-    ema: a copy of the model that holds the moving average of its weights, or None.
+    ema: a second model, which holds the moving average of the weights, or None.
     iteration: optimizer steps finished.
     best: {"mIoU", "iteration"} of the best validation so far.
     validations_since_best: the validations after it.
@@ -729,12 +764,12 @@ class TrainState:
         model: Segmentor,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        with_ema: bool = False,
+        ema: Segmentor | None = None,
     ):
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
-        self.ema = copy.deepcopy(model).eval().requires_grad_(False) if with_ema else None
+        self.ema = ema
         self.iteration = 0
         self.best = None
         self.validations_since_best = 0
@@ -1538,7 +1573,7 @@ def check_gradients(model: nn.Module, run_dir: RunDir) -> None:
         return
     message = (
         f"no loss depends on {len(unused)} parameters: {', '.join(unused[:8])}. "
-        "Take them out of the network, or set requires_grad=False on them."
+        "Take them out of the network, or name them or their modules in model.freeze."
     )
     if dist_utils.world_size() > 1:
         raise ConfigError(f"{message} Several processes cannot average their gradients.")
@@ -1819,7 +1854,9 @@ def last_lines(state: TrainState, config: Config, run_dir: RunDir) -> list[str]:
     return lines
 
 
-def build_network(config: Config, data: Data) -> Segmentor:
+def build_network(
+    config: Config, data: Data, device: torch.device, dtype: torch.dtype
+) -> Segmentor:
     """The network with random weights. Raises ConfigError if its classes are not the data's."""
     torch.manual_seed(config.seed)
     model = models.build_model(config.model)
@@ -1832,7 +1869,19 @@ def build_network(config: Config, data: Data) -> Segmentor:
                 f"{config.data['type']} has {len(data.classes)} classes: "
                 f"{', '.join(data.classes[:8])}... They must agree."
             )
-    return model
+    return model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+
+
+def build_state(config: Config, data: Data, device: torch.device, precision: str) -> TrainState:
+    """Network and optimizer before the first iteration, and the moving average if it is set."""
+    dtype, low_precision = PRECISIONS[precision]
+    model = build_network(config, data, device, dtype)
+    optimizer = build_optimizer(model, **config.optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=low_precision == torch.float16)
+    ema = None
+    if config.ema_decay is not None:
+        ema = build_network(config, data, device, dtype).requires_grad_(False)
+    return TrainState(model, optimizer, scaler, ema)
 
 
 def batch_warnings(model: Segmentor, data: Data) -> list[str]:
@@ -1908,20 +1957,18 @@ def run(  # noqa: PLR0915
     # Arithmetic.
     precision = choose_precision(config.precision, device)
     set_up_arithmetic(precision, config.deterministic)
-    dtype, low_precision = PRECISIONS[precision]
+    _, low_precision = PRECISIONS[precision]
     autocast = functools.partial(
         torch.autocast, device.type, low_precision, enabled=low_precision is not None
     )
 
     # Data, network, optimizer.
     data = load_data(args, config, device)
-    model = build_network(config, data)
-    model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, **config.optimizer)
-    scaler = torch.amp.GradScaler(device.type, enabled=low_precision == torch.float16)
+    state = build_state(config, data, device, precision)
+    model = state.model
+    optimizer = state.optimizer
 
     # Where to start.
-    state = TrainState(model, optimizer, scaler, with_ema=config.ema_decay is not None)
     notes = [*notes, *initialize(state, args, config, data.classes)]
     start = state.iteration
     net = wrap(model, config)

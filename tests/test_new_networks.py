@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import PARITY, parity_normal, parity_tensor, without_dropout
+import torchvision
+from conftest import PARITY, checkpoint, failing, parity_normal, parity_tensor, without_dropout
 from torch import Tensor, nn
 
+import dist_utils
 import models
 
 VITS = ["dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16"]
@@ -781,3 +783,124 @@ def test_unet_errors():
     section = {"type": "UNet", "upsample_cfg": {"type": "DeconvModule"}}
     with pytest.raises(models.ConfigError, match="upsample_cfg: is .*DeconvModule"):
         models.construct(models.BACKBONES, section, "model.backbone")
+
+
+# ------------------------------------------------------------- Networks of timm and of torchvision
+SWIN = {"depths": [1, 1, 1, 1], "embed_dim": 16, "num_heads": [1, 2, 4, 8]}
+TIMM = [
+    ({"name": "test_convnext", "in_channels": 4, "with_cp": True}, [1, 2, 4]),
+    ({"name": "test_efficientnet", "out_indices": [1, 4], "drop_path_rate": 0.2}, [5]),
+    ({"name": "swin_tiny_patch4_window7_224", "options": SWIN}, [1, 2]),
+    ({"name": "test_vit", "options": {"dynamic_img_size": True}}, [1, 5, 6]),
+]
+
+
+@pytest.mark.optional("timm")
+@pytest.mark.parametrize("keywords,distances", TIMM, ids=lambda x: str(x)[:36])
+def test_timm_backbone(keywords: dict, distances: list[int]):
+    """Maps are timm's, N x C x H x W; the whole network's weights load; every weight is used."""
+    net = models.construct(models.BACKBONES, {"type": "TimmBackbone", **keywords}, "backbone")
+    whole = net.create()
+    report = models.load_matching(net, net.from_published(whole.state_dict()))
+    assert "missing" not in report, report
+    image = torch.randn(2, net.in_channels, 224, 224)
+    with torch.no_grad():
+        maps = net.eval()(image)
+        expected = whole.eval().forward_intermediates(image, intermediates_only=True)
+    assert [x.shape[1] for x in maps] == net.channels
+    assert [224 // x.shape[2] for x in maps] == net.strides
+    for x in maps:
+        same_size = [y for y in expected if y.shape == x.shape]
+        assert any(torch.allclose(x, y, atol=1e-5) for y in same_size)
+    sum(x.square().mean() for x in net.train()(image)).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    found = net.layer_distances()
+    assert found.keys() == dict(net.named_parameters()).keys()
+    assert set(distances) <= set(found.values())
+
+
+@pytest.mark.optional("timm")
+def test_timm_batch_norm_is_synchronized_with_its_activation():
+    section = {"type": "TimmBackbone", "name": "test_efficientnet"}
+    net = models.construct(models.BACKBONES, section, "backbone")
+    image = torch.randn(2, 3, 64, 64)
+    names = list(net.state_dict())
+    with torch.no_grad():
+        expected = net.eval()(image)
+        found = dist_utils.convert_sync_batchnorm(net)(image)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected))
+    assert list(net.state_dict()) == names
+
+
+@pytest.mark.optional("timm")
+def test_timm_trains_on_two_processes(tiny, run):
+    """With an average and layer decay; "timm" asks timm for weights, which a test network lacks."""
+    tiny["model"].pop("auxiliary_head")
+    tiny["model"]["backbone"] = {"type": "TimmBackbone", "name": "test_resnet"}
+    tiny["model"]["decode_head"] |= {"in_channels": 96, "in_index": -1}
+    tiny["optimizer"]["paramwise"] = {"layer_decay": 0.8}
+    tiny["ema_decay"] = 0.9
+    run(tiny, world_size=2)
+    assert checkpoint(tiny)["iteration"] == 6
+    tiny["work_dir"] += "2"
+    tiny["model"]["backbone"] |= {"name": "resnet10t.untrained", "pretrained": "timm"}
+    assert "model.backbone" in failing(run, tiny)
+
+
+TORCHVISION = [
+    ("mobilenet_v3_small", {"features.1": "fine", "features.12": "coarse"}, [16, 576], [4, 32]),
+    ("swin_t", ["features.1", "features.3"], [96, 192], [4, 8]),
+]
+
+
+@pytest.mark.parametrize("name,nodes,channels,strides", TORCHVISION)
+def test_torchvision_backbone(name: str, nodes, channels: list[int], strides: list[int]):
+    section = {"type": "TorchvisionBackbone", "name": name, "return_nodes": nodes}
+    net = models.construct(models.BACKBONES, section, "backbone")
+    assert net.channels == channels
+    assert net.strides == strides
+    whole = torchvision.models.get_model(name, weights=None)
+    report = models.load_matching(net, net.from_published(whole.state_dict()))
+    assert "missing" not in report, report
+    image = torch.randn(2, 3, 64, 96)
+    layers = [whole.features[int(node.split(".")[1])] for node in nodes]
+    expected = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: expected.append(output))
+    with torch.no_grad():
+        whole.eval()(image)
+        maps = net.eval()(image)
+    for x, y, count in zip(maps, expected, channels):
+        assert x.shape[1] == count
+        assert torch.equal(x, y if name != "swin_t" else y.permute(0, 3, 1, 2))
+    sum(x.square().mean() for x in net.train()(image)).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "section,message",
+    [
+        ({"name": "mobilenet_v9"}, "mobilenet_v2"),
+        ({"name": "resnet18", "return_nodes": ["fc"]}, "not a feature map"),
+        ({"name": "resnet18", "return_nodes": ["layer7"]}, "layer7"),
+        ({"name": "resnet18", "in_channels": 4}, "no such keyword"),
+    ],
+)
+def test_errors_of_torchvision_backbone(section: dict, message: str):
+    section = {"type": "TorchvisionBackbone", "return_nodes": ["layer1"], **section}
+    with pytest.raises(models.ConfigError, match=message):
+        models.construct(models.BACKBONES, section, "backbone")
+
+
+@pytest.mark.optional("timm")
+@pytest.mark.parametrize(
+    "section,message",
+    [
+        ({"name": "convnext_tinny"}, "convnext_tiny"),
+        ({"name": "test_resnet", "out_indices": [7]}, "timm cannot build"),
+        ({"name": "test_resnet", "options": {"depht": 1}}, "depht"),
+    ],
+)
+def test_errors_of_timm_backbone(section: dict, message: str):
+    with pytest.raises(models.ConfigError, match=message):
+        models.construct(models.BACKBONES, {"type": "TimmBackbone", **section}, "backbone")
