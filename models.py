@@ -3674,6 +3674,9 @@ class Segmentor(nn.Module):
         if name and name in modules:
             self.frozen.append(name)
             modules[name].requires_grad_(False).eval()
+            for module in modules[name].modules():
+                if hasattr(module, "with_cp"):
+                    module.with_cp = False  # there is nothing to recompute for
         elif name in parameters:
             parameters[name].requires_grad_(False)
         else:

@@ -574,7 +574,7 @@ def parse_paramwise(paramwise: dict) -> tuple[dict[str, dict], dict[str, float],
     """
     rules = dict(paramwise)
     layer_decay = {key: rules.pop(key) for key in ("layer_decay", "decay_type") if key in rules}
-    check_keywords(layer_multipliers, {"model": None} | layer_decay, "optimizer.paramwise")
+    check_keywords(layer_multipliers, {"model": nn.Module()} | layer_decay, "optimizer.paramwise")
     general = {}
     for key in ("norm_decay_mult", "bias_lr_mult", "bias_decay_mult"):
         general[key] = rules.pop(key, 1.0)

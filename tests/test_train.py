@@ -912,3 +912,158 @@ def test_fp32_and_tf32_set_both_kinds_of_kernels(name, expected):
 def test_auto_precision_on_a_gpu(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert train.choose_precision("auto", torch.device("cuda")) == expected
+
+
+# --------------------------------------------------------------------- Frozen parts, layer decay
+
+
+def saved_bytes(model: nn.Module, image: torch.Tensor, label: torch.Tensor) -> int:
+    """Bytes of tensors that a training step's forward pass keeps for the backward pass."""
+    storages = {}  # keeps them alive, so that none takes the place of another
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = sum(model(image, label).values())
+    loss.backward()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_frozen_backbone(tiny, with_cp: bool):
+    """It has no gradients, keeps its statistics and nothing for the backward pass."""
+    image = torch.randn(2, 3, 48, 48)
+    label = torch.zeros(2, 48, 48, dtype=torch.uint8)
+    tiny["model"]["backbone"]["with_cp"] = with_cp
+    model = models.build_model(tiny["model"] | {"freeze": ["backbone"]}).eval().train()
+    before = copy.deepcopy(model.backbone.state_dict())
+    saved = saved_bytes(model, image, label)
+    assert_same(dict(model.backbone.state_dict()), dict(before))
+    assert not any(m.training for m in model.backbone.modules())
+    assert model.decode_head.training
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert all(p.grad is not None for p in model.decode_head.parameters())
+    with torch.no_grad():
+        maps = model.backbone(image)
+    model.backbone.forward = lambda image: maps
+    assert saved == saved_bytes(model, image, label)
+
+
+def test_frozen_parts_of_a_network(tiny):
+    """A module of a backbone, without those whose names only begin alike, and a parameter."""
+    freeze = ["backbone.layer1", "decode_head.conv_seg.bias"]
+    model = models.build_model(tiny["model"] | {"freeze": freeze})
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name for name in frozen if not name.startswith("backbone.layer1.")} == {freeze[1]}
+    assert len(frozen) == 1 + len(list(model.backbone.layer1.parameters()))
+    with pytest.raises(models.ConfigError, match=r"model.freeze: .*did you mean backbone.layer4"):
+        models.build_model(tiny["model"] | {"freeze": ["backbone.layer"]})
+    with pytest.raises(models.ConfigError, match="model.freeze"):
+        models.build_model(tiny["model"] | {"freeze": [""]})
+
+
+def test_frozen_backbone_on_two_processes(tiny, run):
+    """Resumed, with an average: the weights and statistics do not change."""
+    tiny["model"]["freeze"] = ["backbone"]
+    tiny["ema_decay"] = 0.5
+    straight = sibling(tiny, "straight")
+    run(straight, "--no-validate", world_size=2)
+    Path(tiny["work_dir"]).mkdir()
+    for name in ("train.log", "metrics.jsonl", "iter_3.pth"):
+        shutil.copy(Path(straight["work_dir"]) / name, tiny["work_dir"])
+    run(tiny, "--no-validate", "--resume-from", "auto", world_size=2)
+    assert_same_run(straight, tiny)
+    first = checkpoint(straight, "iter_3.pth")["state_dict"]
+    for key, value in checkpoint(straight)["state_dict"].items():
+        assert torch.equal(value, first[key]) == key.startswith("backbone."), key
+
+
+def rates(backbone: dict, **paramwise) -> dict[str, float]:
+    """The multiplier of each parameter's learning rate."""
+    model = nn.Module()
+    with torch.device("meta"):
+        model.backbone = models.construct(models.BACKBONES, backbone, "backbone")
+        model.decode_head = nn.Linear(2, 2)
+    optimizer = train.build_optimizer(model, type="AdamW", lr=1e-3, paramwise=paramwise)
+    of_parameter = {}
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(1e-3 * group["lr_mult"])
+        of_parameter |= {id(parameter): group["lr_mult"] for parameter in group["params"]}
+    names = {id(p): name.removeprefix("backbone.") for name, p in model.named_parameters()}
+    return {names[key]: value for key, value in of_parameter.items()}
+
+
+@pytest.mark.parametrize("arch,num_layers", [("tiny", 6), ("base", 12)])
+def test_layer_decay_of_convnext_is_that_of_mmsegmentation(arch: str, num_layers: int):
+    """By the formulas of its LearningRateDecayOptimizerConstructor with this `num_layers`."""
+
+    def layer_id(name: str) -> int:
+        part, stage, block = [*name.split("."), "0"][:3]
+        if part == "downsample_layers":
+            return [0, 2, 3, num_layers][int(stage)]
+        if part == "stages":
+            return [1, 2, 3 + int(block) // 3, num_layers][int(stage)]
+        return num_layers + 1
+
+    def stage_id(name: str) -> int:
+        part, stage = name.split(".")[:2]
+        if part == "downsample_layers":
+            return 0
+        return int(stage) + 1 if part == "stages" else num_layers + 1
+
+    backbone = {"type": "ConvNeXt", "arch": arch}
+    for decay_type, number in (("layer_wise", layer_id), ("stage_wise", stage_id)):
+        found = rates(backbone, layer_decay=0.9, decay_type=decay_type)
+        for name, rate in found.items():
+            assert rate == pytest.approx(0.9 ** (num_layers + 1 - number(name))), name
+
+
+def test_layer_decay_of_transformers():
+    """BEiT's: 1 for the last norm and the heads, one factor more for each block below."""
+    found = rates({"type": "VisionTransformer", "arch": "dinov3_vits16"}, layer_decay=0.5)
+    exponents = {name: round(-np.log2(rate)) for name, rate in found.items()}
+    for name, exponent in exponents.items():
+        block = name.removeprefix("blocks.").split(".")[0]
+        expected = 12 - int(block) if block.isdigit() else 13
+        if name.startswith(("norm.", "decode_head.")):
+            expected = 0
+        assert exponent == expected, name
+
+    found = rates({"type": "SwinTransformer"}, layer_decay=0.5)
+    exponents = {name: round(-np.log2(rate)) for name, rate in found.items()}
+    assert exponents["patch_embed.projection.weight"] == 13
+    assert exponents["stages.0.blocks.1.norm1.weight"] == 11
+    assert exponents["stages.0.downsample.reduction.weight"] == 11
+    assert exponents["stages.3.blocks.1.norm1.weight"] == 1
+    assert exponents["norm3.weight"] == 0
+
+    found = rates({"type": "MixVisionTransformer", "num_layers": [2, 2, 2, 2]}, layer_decay=0.5)
+    exponents = {name: round(-np.log2(rate)) for name, rate in found.items()}
+    assert exponents["layers.0.0.projection.weight"] == 9
+    assert exponents["layers.1.0.projection.weight"] == 7
+    assert exponents["layers.3.1.1.norm1.weight"] == 1
+
+
+def test_layer_decay_multiplies_rules():
+    paramwise = {"layer_decay": 0.5, "blocks.11": {"lr_mult": 0.1}, "decode_head": {"lr_mult": 10}}
+    found = rates({"type": "VisionTransformer", "arch": "dinov3_vits16"}, **paramwise)
+    assert found["blocks.11.norm1.weight"] == pytest.approx(0.1 * 0.5)
+    assert found["blocks.10.norm1.weight"] == pytest.approx(0.25)
+    assert found["decode_head.weight"] == 10
+
+
+@pytest.mark.parametrize(
+    "backbone,paramwise,message",
+    [
+        ({"type": "ResNet", "depth": 18}, {}, "ResNet does not define the layers"),
+        ({"type": "SwinTransformer"}, {"decay_type": "stage_wise"}, "stage_wise"),
+        ({"type": "SwinTransformer"}, {"decay_type": "layers"}, "layer_wise or stage_wise"),
+        ({"type": "SwinTransformer"}, {"layer_decay": 1.5}, "at most 1"),
+        ({"type": "SwinTransformer"}, {"layer_decay": "0.9"}, "should be of type float"),
+    ],
+)
+def test_errors_of_layer_decay(backbone: dict, paramwise: dict, message: str):
+    with pytest.raises(models.ConfigError, match=message):
+        rates(backbone, **({"layer_decay": 0.5} | paramwise))
