@@ -4349,12 +4349,13 @@ def fetch(name, backbone_name):
         url = OPENMMLAB + PRETRAINED[name]
     elif name.startswith("torchvision://") or re.fullmatch(r"IMAGENET1K_\w+|DEFAULT", name):
         url = torchvision_url(name, backbone_name)
-    if os.path.basename(name).startswith("dinov3_"):
+    file = os.path.basename(name)
+    if file.startswith("dinov3_"):
         raise UserError(
             "there is no such file. Meta sends links to DINOv3's weights to those who accept its "
             "license: ask for them on "
             "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads and name the "
-            f"downloaded file: --options model.backbone.pretrained=/path/to/{os.path.basename(name)}"
+            f"downloaded file: --options model.backbone.pretrained=/path/to/{file}"
         )
     if not url.startswith(("http://", "https://", "file://")):
         raise UserError(
