@@ -788,6 +788,9 @@ class Backbone(nn.Module):
     num_stages: positional, so that it is not a config key.
     out_indices: the stages whose feature maps are returned.
     with_cp: activation checkpointing of each block.
+    frozen_stages: how many stages, besides the stem, are not trained; -1 trains all. They are in
+        evaluation mode even in training.
+    norm_eval: batch norm normalizes by its running statistics even in training.
     """
 
     # Name of the same network in torchvision.models, if there is one, whose weights can be loaded.
@@ -801,16 +804,41 @@ class Backbone(nn.Module):
         in_channels: int = 3,
         out_indices: list[int] = (0, 1, 2, 3),
         with_cp: bool = False,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
     ):
         super().__init__()
         if not out_indices or not all(0 <= i < num_stages for i in out_indices):
             raise UserError(
                 f"out_indices is {list(out_indices)}; it lists stages, from 0 to {num_stages - 1}"
             )
+        if not -1 <= frozen_stages <= num_stages:
+            raise UserError(f"frozen_stages is {frozen_stages}; it can be -1 to {num_stages}")
+        if frozen_stages >= 0 and type(self).stage_modules is Backbone.stage_modules:
+            raise UserError(f"frozen_stages is {frozen_stages}; it has to be -1 in this backbone")
         self.num_stages = num_stages
         self.in_channels = in_channels
         self.out_indices = out_indices
         self.with_cp = with_cp
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """The modules of the stem, and of each stage, that `frozen_stages` freezes."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """As of any module, except for what `frozen_stages` and `norm_eval` keep as it is."""
+        super().train(mode)
+        if self.frozen_stages >= 0:
+            for modules in self.stage_modules()[: self.frozen_stages + 1]:
+                for module in modules:
+                    module.eval().requires_grad_(False)
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def run_layers(self, x):
         """Apply the stages layer1, layer2, ... in turn -> the feature maps of `out_indices`."""
@@ -1012,6 +1040,10 @@ class ResNet(Backbone):
                 elif isinstance(m, Bottleneck):
                     nn.init.zeros_(m.bn3.weight)
 
+    def stage_modules(self):
+        stem = [self.stem] if self.deep_stem else [self.conv1, self.bn1]
+        return [stem, *([getattr(self, f"layer{i + 1}")] for i in range(self.num_stages))]
+
     def forward(self, image):
         if self.deep_stem:
             x = self.stem(image)  # (N, stem_channels, H/2, W/2)
@@ -1163,6 +1195,15 @@ class HRNet(Backbone):
             self.add_module(f"stage{i + 1}", nn.Sequential(*modules))
             channels = stage.channels
         init_kaiming(self)
+
+    def stage_modules(self):
+        return [
+            [self.conv1, self.bn1, self.conv2, self.bn2],
+            [self.layer1, self.transition1],
+            [self.stage2, self.transition2],
+            [self.stage3, self.transition3],
+            [self.stage4],
+        ]
 
     def forward(self, image):
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (N, 64, H/2, W/2)
@@ -1417,6 +1458,15 @@ class MobileNetV2(Backbone):
                 stride = 1
                 dilation = 1
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+
+    def stage_modules(self):
+        return [[self.conv1], *([getattr(self, f"layer{i + 1}")] for i in range(7))]
+
+    def train(self, mode: bool = True) -> "MobileNetV2":
+        super().train(mode)
+        if not self.norm_eval:
+            self.conv1.train(mode)  # as in MMSegmentation, a frozen stem updates its statistics
+        return self
 
     def forward(self, image):
         return self.run_layers(self.conv1(image))  # (N, LAYERS[i][1] * widen_factor, h, w)
@@ -1735,6 +1785,13 @@ class SwinTransformer(Backbone):
             if i in self.out_indices:
                 self.add_module(f"norm{i}", nn.LayerNorm(channels))
         init_transformer(self)
+
+    def stage_modules(self):
+        modules = [[self.patch_embed, self.drop]]
+        for i, stage in enumerate(self.stages):
+            norms = [getattr(self, f"norm{i}")] if i in self.out_indices else []
+            modules.append([stage, *norms])
+        return modules
 
     def forward(self, image):
         image = F.pad(image, (0, -image.shape[3] % 4, 0, -image.shape[2] % 4))
@@ -2172,10 +2229,10 @@ class UNet(Backbone):
         downsamples: list[bool] = (True,) * 4,
         enc_dilations: list[int] = (1,) * 5,
         dec_dilations: list[int] = (1,) * 4,
-        with_cp: bool = False,
+        **kwargs,
     ):
         indices = range(num_stages)
-        super().__init__(num_stages, in_channels=in_channels, out_indices=indices, with_cp=with_cp)
+        super().__init__(num_stages, in_channels=in_channels, out_indices=indices, **kwargs)
         lengths = {len(x) for x in (strides, enc_num_convs, enc_dilations)}
         lengths |= {len(x) + 1 for x in (downsamples, dec_num_convs, dec_dilations)}
         if lengths != {num_stages}:
@@ -3666,6 +3723,7 @@ class Segmentor(nn.Module):
         self.frozen = []  # names of modules that stay in evaluation mode
         for name in freeze:
             self.freeze(name)
+        self.train()  # a backbone may keep stages frozen
 
     def freeze(self, name: str) -> None:
         """Stops the training of a module, whose statistics stay too, or of a single parameter."""
@@ -3992,6 +4050,25 @@ def check_parameters(
             raise ConfigError(f"{place}.{key}: is missing; {name} needs it")
 
 
+# Sections of MMSegmentation's `model` that are no part of the network: the values that mean what is
+# done here anyway. None: a key that another section of a config decides, see train.check_pasted.
+PASTED = {
+    "train_cfg": {},
+    "test_cfg": {"mode": None, "crop_size": None, "stride": None},
+    "data_preprocessor": {
+        "type": ["SegDataPreProcessor"],
+        "mean": None,
+        "std": None,
+        "size": None,
+        "size_divisor": [None],
+        "bgr_to_rgb": [True],
+        "rgb_to_bgr": [False],
+        "pad_val": [0],
+        "seg_pad_val": [IGNORE],
+        "batch_augments": [None],
+        "test_cfg": [None],
+    },
+}
 # Keywords of MMSegmentation that have become automatic, with the values that can be honored. A
 # class adds to them, or has other values, in an attribute of the same name.
 FIXED = {
@@ -4140,11 +4217,26 @@ def build_model(cfg: dict) -> Segmentor:
             f"model.type: is {kind!r}; it can be EncoderDecoder or CascadeEncoderDecoder, or left "
             "out"
         )
-    # Automatic, or part of another section here.
-    for key in ("num_stages", "data_preprocessor", "train_cfg", "test_cfg", "init_cfg"):
+    for key in ("num_stages", "init_cfg"):  # automatic
         cfg.pop(key, None)
+    for name in PASTED:
+        check_pasted_section(name, cfg.pop(name, None) or {})
     check_keywords(assemble, cfg, "model")
     return assemble(**cfg)
+
+
+def check_pasted_section(name: str, section: dict) -> None:
+    """Raise ConfigError if one of the sections in PASTED has a key that cannot be honored."""
+    for key, value in section.items():
+        place = f"model.{name}.{key}"
+        if key not in PASTED[name]:
+            raise ConfigError(f"{place}: is {value!r}; there is nothing like it here, leave it out")
+        allowed = PASTED[name][key]
+        if allowed is not None and value not in allowed:
+            raise ConfigError(
+                f"{place}: is {value!r}; it is always {allowed[0]!r} here. Leave the key out if "
+                "the experiment can do with it"
+            )
 
 
 def assemble(

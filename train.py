@@ -318,6 +318,7 @@ def check_config(config: Config) -> None:
         for name in getattr(config, section).keys() & names:
             raise ConfigError(f"{section}.{name} is set by the run itself; leave it out")
     check_data_section(config.data)
+    check_pasted(config)
     for key in ("type", "lr"):
         if key not in config.optimizer:
             raise ConfigError(f"optimizer.{key} is missing; build_optimizer needs it")
@@ -326,6 +327,37 @@ def check_config(config: Config) -> None:
         known.pop(name)
     check_parameters("learning_rate", known, config.schedule, "schedule")
     learning_rate(0, 1.0, **config.schedule)
+
+
+def check_pasted(config: Config) -> None:
+    """What a model section of MMSegmentation says about data and evaluation has to agree with ours.
+
+    Raises ConfigError.
+    """
+    defaults = keywords(Data)
+    decided_here = {
+        "data_preprocessor.size": ("data.crop_size", config.data["crop_size"]),
+        "test_cfg.mode": ("evaluation.mode", config.evaluation.mode),
+    }
+    for key in ("mean", "std"):
+        value = config.data.get(key, defaults[key].default)
+        decided_here[f"data_preprocessor.{key}"] = (f"data.{key}", value)
+    if config.evaluation.mode == "slide":
+        for key in ("crop_size", "stride"):
+            value = getattr(config.evaluation, key)
+            decided_here[f"test_cfg.{key}"] = (f"evaluation.{key}", value)
+
+    def plain(value: object) -> object:
+        return list(value) if isinstance(value, (list, tuple)) else value
+
+    for place, (key, value) in decided_here.items():
+        section, name = place.split(".")
+        pasted = (config.model.get(section) or {}).get(name)
+        if pasted is not None and plain(pasted) != plain(value):
+            raise ConfigError(
+                f"model.{place} is {plain(pasted)!r}, but {key}, which decides here, is "
+                f"{plain(value)!r}. Set {key}, or leave out model.{place}"
+            )
 
 
 def check_data_section(section: dict) -> None:

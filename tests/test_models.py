@@ -1096,6 +1096,129 @@ def test_model_section_of_mmsegmentation():
     assert config == before
 
 
+SLIDE = {"mode": "slide", "crop_size": [128, 128], "stride": [85, 85]}
+PREPROCESSOR = {
+    "type": "SegDataPreProcessor",
+    "mean": [1, 2, 3],
+    "std": [4, 5, 6],
+    "bgr_to_rgb": True,
+    "pad_val": 0,
+    "seg_pad_val": 255,
+    "size": [64, 64],
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("test_cfg", "mode", None),
+        ("test_cfg", "multi_label", True),
+        ("train_cfg", "sampler", "x"),
+        ("data_preprocessor", "pad_val", 1),
+        ("data_preprocessor", "seg_pad_val", 0),
+        ("data_preprocessor", "bgr_to_rgb", False),
+        ("data_preprocessor", "rgb_to_bgr", True),
+        ("data_preprocessor", "size_divisor", 32),
+        ("data_preprocessor", "test_cfg", {"size_divisor": 32}),
+        ("data_preprocessor", "batch_augments", [{}]),
+        ("data_preprocessor", "type", "Mine"),
+    ],
+)
+def test_pasted_sections(section: str, key: str, value: object):
+    """What other sections decide is left to train.py, and what is not done here is an error."""
+    config = {"test_cfg": SLIDE, "data_preprocessor": PREPROCESSOR, "train_cfg": {}}
+    models.build_model({**RESNET_18, **config})
+    if value is None:
+        return
+    config[section] = {**config[section], key: value}
+    with pytest.raises(models.ConfigError, match=rf"model\.{section}\.{key}: is "):
+        models.build_model({**RESNET_18, **config})
+
+
+# ------------------------------------------------------------------------ Frozen parts of backbones
+
+# The prefixes of the stem and of the stages in MMSegmentation's _freeze_stages().
+FREEZABLE = {
+    "ResNet": ["conv1 bn1", "layer1", "layer2", "layer3", "layer4"],
+    "ResNetV1c": ["stem", "layer1", "layer2", "layer3", "layer4"],
+    "HRNet": [
+        "conv1 bn1 conv2 bn2",
+        "layer1 transition1",
+        "stage2 transition2",
+        "stage3 transition3",
+        "stage4",
+    ],
+    "MobileNetV2": ["conv1", *(f"layer{i}" for i in range(1, 8))],
+    "SwinTransformer": [
+        "patch_embed drop",
+        "stages.0 norm0",
+        "stages.1 norm1",
+        "stages.2 norm2",
+        "stages.3 norm3",
+    ],
+}
+BACKBONE_KEYWORDS = {
+    "ResNet": {"depth": 18, "base_channels": 8},
+    "ResNetV1c": {"depth": 18, "base_channels": 8, "stem_channels": 8},
+    "HRNet": {
+        "extra": {
+            f"stage{i}": {
+                "num_modules": 1,
+                "num_branches": i,
+                "block": "BOTTLENECK" if i == 1 else "BASIC",
+                "num_blocks": [1] * i,
+                "num_channels": [8 * 2**k for k in range(i)],
+            }
+            for i in range(1, 5)
+        }
+    },
+    "MobileNetV2": {"widen_factor": 0.25},
+    "SwinTransformer": {"embed_dims": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
+}
+
+
+def build_backbone(kind: str, **keywords) -> nn.Module:
+    """As part of a whole network, which freezes it."""
+    section = {"type": kind, **BACKBONE_KEYWORDS[kind], **keywords}
+    with torch.device("meta"):
+        model = models.build_model({**RESNET_18, "backbone": section})
+    model.eval()
+    return model.train().backbone
+
+
+@pytest.mark.parametrize("kind", FREEZABLE)
+@pytest.mark.parametrize("frozen_stages", [-1, 0, 2])
+def test_frozen_stages(kind: str, frozen_stages: int):
+    """The parameters of the first stages are not trained, and their norms stay in evaluation."""
+    backbone = build_backbone(kind, frozen_stages=frozen_stages)
+    parts = " ".join(FREEZABLE[kind][: frozen_stages + 1]).split()
+    frozen = tuple(f"{part}." for part in parts)
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad == (not name.startswith(frozen)), name
+    for name, module in backbone.named_modules():
+        is_frozen = f"{name}.".startswith(frozen)
+        if kind == "MobileNetV2" and name.startswith("conv1"):
+            is_frozen = False  # of its stem, only the parameters
+        assert module.training == (not is_frozen), name
+
+
+@pytest.mark.parametrize("kind", ["ResNet", "HRNet", "MobileNetV2"])
+def test_norm_eval(kind: str):
+    backbone = build_backbone(kind, norm_eval=True)
+    for module in backbone.modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        assert module.training == (not is_norm)
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_frozen_stages_that_do_not_exist():
+    with pytest.raises(models.ConfigError, match="frozen_stages is 5; it can be -1 to 4"):
+        build_backbone("ResNet", frozen_stages=5)
+    section = {"type": "MixVisionTransformer", "frozen_stages": 1}
+    with pytest.raises(models.ConfigError, match="it has to be -1 in this backbone"):
+        models.construct(models.BACKBONES, section, "model.backbone")
+
+
 @pytest.mark.parametrize(
     ("annotation", "right", "wrong"),
     [

@@ -1067,3 +1067,28 @@ def test_layer_decay_multiplies_rules():
 def test_errors_of_layer_decay(backbone: dict, paramwise: dict, message: str):
     with pytest.raises(models.ConfigError, match=message):
         rates(backbone, **({"layer_decay": 0.5} | paramwise))
+
+
+@pytest.mark.parametrize(
+    "place,key,value",
+    [
+        ("data_preprocessor.mean", "data.mean", [1, 2, 3]),
+        ("data_preprocessor.std", "data.std", [1, 2, 3]),
+        ("data_preprocessor.size", "data.crop_size", [64, 64]),
+        ("test_cfg.mode", "evaluation.mode", "slide"),
+        ("test_cfg.crop_size", "evaluation.crop_size", [32, 32]),
+        ("test_cfg.stride", "evaluation.stride", [32, 32]),
+    ],
+)
+def test_pasted_model_section_agrees_with_the_others(tiny, tmp_path, place, key, value):
+    """What MMSegmentation says in the model section counts, or is an error that names our key."""
+    tiny["evaluation"] |= {"mode": "slide", "crop_size": [48, 48], "stride": [24, 24]}
+    tiny["model"]["test_cfg"] = dict(tiny["evaluation"])
+    del tiny["model"]["test_cfg"]["interval"]
+    if key == "evaluation.mode":
+        tiny["evaluation"]["mode"] = "whole"
+    section, name = place.split(".")
+    tiny["model"].setdefault(section, {})[name] = value
+    with pytest.raises(models.ConfigError, match=rf"model\.{place} is .* but {key}, which"):
+        train.load_config(write_config(tiny, tmp_path))
+    train.load_config(write_config(tiny, tmp_path), [f"{key}={json.dumps(value)}"])
