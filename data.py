@@ -102,6 +102,7 @@ def reraise_as_data_error(path: str) -> Iterator[None]:
     except (
         OSError,
         EOFError,
+        MemoryError,
         RuntimeError,
         ValueError,
         SyntaxError,
@@ -152,6 +153,14 @@ def read_image(path: str, channels: int) -> np.ndarray:
         with reraise_as_data_error(path), Image.open(path) as source:
             if source.mode == "P":
                 image = np.array(source.convert("RGB"))
+    return with_channels(image, channels, path)
+
+
+def with_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
+    """An image (H, W) or (H, W, C) as (H, W, channels) uint8, uint16 or float32; see read_image.
+
+    Raises DataError, which calls the image `name`.
+    """
     if image.ndim == 2:
         image = image[..., None]
     if channels == 3 and image.shape[-1] in (1, 2):
@@ -160,7 +169,7 @@ def read_image(path: str, channels: int) -> np.ndarray:
         image = image[..., :channels]
     if image.ndim != 3 or image.shape[-1] != channels:
         raise DataError(
-            f"{path}: the image has shape {image.shape}, but data.in_channels is {channels}. Set "
+            f"{name}: the image has shape {image.shape}, but data.in_channels is {channels}. Set "
             "data.in_channels, data.mean, data.std and the backbone's in_channels to the number of "
             "channels of the images"
         )
@@ -192,7 +201,21 @@ def scan(root: str, folder: str, suffix: str | None) -> dict[str, str]:
     Returns a dict from the name (the path below `folder` without suffix) to the path relative to
     root. If `suffix` is None, a file may have any of SUFFIXES.
     """
-    top = os.path.join(root, folder)
+    path_of = {}
+    for path, ending in walk(os.path.join(root, folder), suffix):
+        name = path[: -len(ending)]
+        path = os.path.join(folder, path)
+        other = path_of.setdefault(name, path)
+        if other != path:
+            raise DataError(
+                f"{root}: {other} and {path} have the same name. Choose one of them by "
+                "data.image_suffix or data.label_suffix"
+            )
+    return path_of
+
+
+def walk(top: str, suffix: str | None) -> Iterator[tuple[str, str]]:
+    """Yield the path below `top` and the suffix of each file that is not hidden; see scan()."""
     if not os.path.isdir(top):
         raise DataError(
             f"{top}: there is no such folder. Check data.root and the names of the folders in it"
@@ -204,24 +227,48 @@ def scan(root: str, folder: str, suffix: str | None) -> dict[str, str]:
             "from the data set"
         )
 
-    path_of = {}
     for parent, subfolders, files in os.walk(top, onerror=on_error, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for file in files:
             ending = os.path.splitext(file)[1] if suffix is None else suffix
             known = suffix is not None or ending.lower() in SUFFIXES
-            if file.startswith(".") or not known or not file.endswith(ending):
-                continue
-            path = os.path.relpath(os.path.join(parent, file), top)
-            name = path[: -len(ending)]
-            path = os.path.join(folder, path)
-            other = path_of.setdefault(name, path)
-            if other != path:
-                raise DataError(
-                    f"{root}: {other} and {path} have the same name. Choose one of them by "
-                    "data.image_suffix or data.label_suffix"
-                )
-    return path_of
+            if not file.startswith(".") and known and file.endswith(ending):
+                yield os.path.relpath(os.path.join(parent, file), top), ending
+
+
+def find_images(paths: list[str]) -> dict[str, str]:
+    """Find the image files that `paths` name, and those in the folders that they name.
+
+    Returns a dict from names to paths. A name is the path below the folder without suffix. If two
+    files would have the same one, all names are paths below the common folder, with suffix.
+    """
+    name_of = {}
+    for path in paths:
+        path = os.path.abspath(os.path.expanduser(path))
+        if os.path.isfile(path):
+            name_of.setdefault(path, os.path.splitext(os.path.basename(path))[0])
+            continue
+        for below, ending in walk(path, None):
+            name_of.setdefault(os.path.join(path, below), below[: -len(ending)])
+    if not name_of:
+        raise DataError(
+            f"{', '.join(paths)}: no images found. Their suffixes are {', '.join(sorted(SUFFIXES))}"
+        )
+    if len(set(name_of.values())) < len(name_of):
+        top = os.path.commonpath([os.path.dirname(path) for path in name_of])
+        name_of = {path: os.path.relpath(path, top) for path in name_of}
+    return {name: path for path, name in sorted(name_of.items())}
+
+
+@contextlib.contextmanager
+def images_of_any_size() -> Iterator[None]:
+    """Lets Pillow read more than its 179 megapixels, its limit against malicious files."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 # ---------------------------------------------------------------------------------------- Data sets
@@ -1882,6 +1929,42 @@ class ValSamples(Dataset):
         }
 
 
+def unlabeled_batch(image: np.ndarray, scale: tuple[int, int] | None) -> Batch:
+    """A batch like that of ValSamples of one image (H, W, C), all of whose pixels are ignored."""
+    size = scaled_size(*image.shape[:2], scale)
+    ignored = torch.full((1, 1, 1), IGNORE, dtype=torch.uint8)
+    return {
+        "image": resample(image, size, (0, 0, *size))[None],
+        "label": ignored.expand(1, *image.shape[:2]),  # takes no memory
+    }
+
+
+@dataclasses.dataclass(eq=False)
+class UnlabeledSamples(Dataset):
+    """Maps the index of an image file to a batch, or to the DataError that says what is wrong."""
+
+    paths: list[str]
+    channels: int
+    scale: tuple[int, int] | None
+
+    def __getitem__(self, index: int) -> Batch | DataError:
+        try:
+            with images_of_any_size():
+                return unlabeled_batch(read_image(self.paths[index], self.channels), self.scale)
+        except DataError as error:
+            return error
+
+    def pixels(self, index: int) -> int:
+        """The number of pixels by the file's header; 0 if that cannot be read."""
+        path = self.paths[index]
+        with contextlib.suppress(Exception):  # any damage; reading the whole file will name it
+            if path.endswith(".npy"):
+                return math.prod(np.load(path, mmap_mode="r").shape[:2])
+            with images_of_any_size(), Image.open(path) as image:
+                return math.prod(image.size)
+        return 0
+
+
 # ------------------------------------------------------------------------------------------- Device
 
 
@@ -1993,13 +2076,24 @@ def to_shared_memory(batch: Any) -> Any:
 
 
 class Batches:
-    """Yields samples[index] for each of `indices`, in this order, computed by worker processes."""
+    """Yields samples[index] for each of `indices`, in this order, computed by worker processes.
 
-    def __init__(self, samples: Dataset, indices, workers: int, pin_memory: bool = False):
+    keep_errors: yield a sample that is a DataError, instead of raising it.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset,
+        indices,
+        workers: int,
+        pin_memory: bool = False,
+        keep_errors: bool = False,
+    ):
         # train.py warns of too many workers itself, and names the key.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         if workers:
             raise_file_limit()
+        self.keep_errors = keep_errors
         self.loader = DataLoader(
             samples,
             sampler=indices,
@@ -2019,7 +2113,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         try:
             for batch in self.loader:
-                if isinstance(batch, DataError):
+                if isinstance(batch, DataError) and not self.keep_errors:
                     raise batch
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
@@ -2224,6 +2318,25 @@ class Data:
                 batches.append(group[k : k + batch_size])
         workers = min(self.workers, len(batches))
         return Batches(ValSamples(self.val, scale), batches, workers, torch.cuda.is_available())
+
+    def unlabeled_batches(
+        self, paths: list[str], scale: tuple[int, int] | None, max_pixels: int
+    ) -> Iterator[tuple[str, Batch | DataError]]:
+        """Yield each path with its batch as in val_batches(), or with what is wrong with the file.
+
+        Images above max_pixels come last and one at a time: workers, which read ahead, would hold
+        too many of them.
+        """
+        samples = UnlabeledSamples(paths, self.in_channels, scale)
+        groups = {False: [], True: []}
+        for index in range(len(paths)):
+            groups[samples.pixels(index) > max_pixels].append(index)
+        for is_large, indices in groups.items():
+            workers = 0 if is_large else min(self.workers, len(indices))
+            pin_memory = torch.cuda.is_available() and not is_large
+            batches = Batches(samples, indices, workers, pin_memory, keep_errors=True)
+            for index, batch in zip(indices, batches):
+                yield paths[index], batch
 
     def prepare(self, batch: Batch, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Move a host batch to `device`, distort its colors if it is for training, normalize it.

@@ -515,6 +515,8 @@ def launch(args: argparse.Namespace, train_argv: list[str]) -> int:
         args.nodes, args.gpus, args.gpus_per_node, args.tasks_per_node
     )
     train_args = train.parse_args(train_argv)
+    if not train_args.config:
+        raise UserError("--config is missing; each job keeps a copy of its config")
     config = train.load_config(train_args.config, train_args.options)
     check_request(args, train_args, config["data"])
     work_dir = Path(train_args.work_dir or config["work_dir"]).absolute()

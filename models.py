@@ -49,7 +49,8 @@ class ConfigError(UserError):
 # ------------------------------------------------------------------------------------------- Blocks
 def resize(x: Tensor, like: Tensor, align_corners: bool) -> Tensor:
     """Interpolate `x` bilinearly to the height and width of `like`."""
-    if x.shape[2:] == like.shape[2:]:
+    # An exported network must not depend on whether the sizes happen to be equal.
+    if not torch.compiler.is_exporting() and x.shape[2:] == like.shape[2:]:
         return x
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=align_corners)
 
@@ -207,7 +208,7 @@ def attend(query, key, value, scale):
     # (N, 1, pixels, channels) each; the second dimension is that of the heads.
     q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (N, 1, pixels of query, V)
-    return out.squeeze(1).transpose(1, 2).reshape(len(query), -1, *query.shape[2:])
+    return out.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
 
 
 class SelfAttentionBlock(nn.Module):
@@ -275,17 +276,16 @@ class SelfAttentionBlock(nn.Module):
 
 
 class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
-    """Adaptive average pooling that supports torch.use_deterministic_algorithms.
+    """Adaptive average pooling that supports torch.use_deterministic_algorithms and ONNX.
 
-    PyTorch has no deterministic gradient on CUDA. There, two matrix products do the same.
+    PyTorch has no deterministic gradient on CUDA, ONNX no such operation for dynamic sizes. There,
+    two matrix products do the same.
     """
 
     def forward(self, x):
-        if (
-            self.output_size == 1
-            or not x.is_cuda
-            or not torch.are_deterministic_algorithms_enabled()
-        ):
+        is_deterministic = x.is_cuda and torch.are_deterministic_algorithms_enabled()
+        needs_products = is_deterministic or torch.compiler.is_exporting()
+        if self.output_size == 1 or not needs_products:
             return super().forward(x)
         rows, columns = (self.means(size, x) for size in x.shape[2:])
         return rows @ x @ columns.T  # (N, C, output_size, output_size)
@@ -1632,7 +1632,7 @@ class WindowMSA(nn.Module):
         # Contiguous, as fused attention on GPUs does not take the strides of a permuted bias.
         bias = bias.permute(2, 0, 1).contiguous().unsqueeze(0)  # (1, num_heads, L, L)
         if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)
+            bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         dropout = self.attn_drop.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
@@ -1859,7 +1859,7 @@ class RopePositionEmbedding(nn.Module):
 
 def rotate(x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
     """Rotates the patches, the last tokens of x (N, heads, L, C), by angles given as (h*w, C)."""
-    extra = x.shape[2] - len(sine)
+    extra = x.shape[2] - sine.shape[0]
     patches = x[:, :, extra:]
     first, second = patches.chunk(2, 3)
     turned = torch.cat([-second, first], 3)
@@ -2057,7 +2057,7 @@ class ViT(Backbone):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         size = self.patch_size
-        covered = image.shape[2] / size, image.shape[3] / size
+        height, width = image.shape[2:]
         image = F.pad(image, (0, -image.shape[3] % size, 0, -image.shape[2] % size))
         x = self.patch_embed.proj(image)  # (N, C, h, w)
         h, w = x.shape[2:]
@@ -2069,21 +2069,21 @@ class ViT(Backbone):
         else:
             x = x + self.positions(h, w)
             extra[0] = extra[0] + self.pos_embed[:, :1]
-        x = torch.cat([*(tokens.expand(len(x), -1, -1) for tokens in extra), x], 1)
+        x = torch.cat([*(tokens.expand(x.shape[0], -1, -1) for tokens in extra), x], 1)
         x = self.norm_pre(x)  # (N, extra + h*w, C)
         maps = {}
         for i, block in enumerate(self.blocks[: max(self.out_indices) + 1]):
             x, rope = run_blocks([block], (x, rope), self.with_cp)
             if i in self.out_indices:
                 patches = self.norm(x[:, -h * w :]).transpose(1, 2)
-                maps[i] = crop_map(patches.unflatten(2, (h, w)), *covered)
+                maps[i] = crop_map(patches.unflatten(2, (h, w)), height, width, size)
         return [maps[i] for i in self.out_indices]
 
     def positions(self, h: int, w: int) -> Tensor:
         """The learned positions of h x w patches, (1, h*w, C), by bicubic interpolation."""
         grid = self.pos_embed[:, 1:]
         side = math.isqrt(grid.shape[1])
-        if h == w == side:
+        if not torch.compiler.is_exporting() and h == w == side:
             return grid
         # Matrix products, as the gradient of F.interpolate is not deterministic on CUDA.
         unit = torch.eye(side, dtype=grid.dtype, device=grid.device)[None, None]
@@ -2091,6 +2091,9 @@ class ViT(Backbone):
         weights = []  # (h, side), (w, side)
         for size in (h, w):
             target = {"size": (size, side)}
+            if self.interpolate_offset and torch.compiler.is_exporting():
+                weights.append(self.weights_with_offset(unit, size))
+                continue
             if self.interpolate_offset:
                 target = {"scale_factor": ((size + self.interpolate_offset) / side, 1.0)}
             weights.append(F.interpolate(unit, **target, **options)[0, 0])
@@ -2103,6 +2106,19 @@ class ViT(Backbone):
         blocks = [(f"blocks.{i}.",) for i in range(len(self.blocks))]
         return [(*tokens, "patch_embed.", "norm_pre."), *blocks]
 
+    def weights_with_offset(self, unit: Tensor, size: int) -> Tensor:
+        """Bicubic interpolation of `unit` by (size + interpolate_offset) / side: (size, side).
+
+        torch.export fixes the scale factors of F.interpolate, but not the grid of grid_sample.
+        """
+        side = unit.shape[3]
+        like = {"device": unit.device, "dtype": unit.dtype}
+        rows = (2 * torch.arange(size, **like) + 1) / (size + self.interpolate_offset)
+        columns = (2 * torch.arange(side, **like) + 1) / side
+        grid = torch.stack(torch.meshgrid(columns - 1, rows - 1, indexing="xy"), 2)
+        grid = grid.unsqueeze(0)  # (1, size, side, 2)
+        return F.grid_sample(unit, grid, "bicubic", "border", align_corners=False)[0, 0]
+
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         """Without timm's classifier and a norm that only DINOv3's own training uses."""
         for key in list(state_dict):
@@ -2111,18 +2127,22 @@ class ViT(Backbone):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-def crop_map(x: Tensor, rows: float, columns: float) -> Tensor:
+def crop_map(x: Tensor, height: int, width: int, patch_size: int) -> Tensor:
     """The part of a padded map (N, C, h, w) that its image covers, resampled to h x w.
 
-    rows, columns: the size of that part, which may end within a pixel of the map.
+    height, width: the size of the image, whose border may lie within a pixel of the map.
     """
     h, w = x.shape[2:]
-    if (h, w) == (rows, columns):
+    # An exported network must not depend on whether the image happens to fill the map.
+    if not torch.compiler.is_exporting() and (h * patch_size, w * patch_size) == (height, width):
         return x
-    # F.interpolate would only copy the map, as its size stays.
-    y_scale, x_scale = rows / h, columns / w
-    affine = x.new_tensor([[x_scale, 0, x_scale - 1], [0, y_scale, y_scale - 1]])
-    grid = F.affine_grid(affine.expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    # F.interpolate would only copy the map, as its size stays. In the coordinates of grid_sample,
+    # the map extends from -1 to 1.
+    like = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
+    rows = (2 * torch.arange(h, **like) + 1) * height / (patch_size * h * h) - 1
+    columns = (2 * torch.arange(w, **like) + 1) * width / (patch_size * w * w) - 1
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), 2).to(x.dtype)  # (h, w, 2)
+    grid = grid.expand(x.shape[0], -1, -1, -1)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
@@ -3387,7 +3407,7 @@ def point_wise_attention(mask, mask_size, collect):
     column = column[None, :, None, :]  # (1, w, 1, w)
     inside = (row >= 0) & (row < mask_h) & (column >= 0) & (column < mask_w)  # (h, w, h, w)
     index = row.clamp(0, mask_h - 1) * mask_w + column.clamp(0, mask_w - 1)
-    index = index.reshape(1, h * w, h * w).expand(len(mask), -1, -1)
+    index = index.reshape(1, h * w, h * w).expand(mask.shape[0], -1, -1)
     weights = mask.flatten(2).gather(1, index) * inside.reshape(h * w, h * w)
     return weights if collect else weights.transpose(1, 2)
 

@@ -26,7 +26,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import dist_utils  # before torch, which reads the environment that this sets
@@ -36,12 +36,26 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
-from data import DATASETS, IGNORE, ConcatSection, Data, check_every_sample, worker_failure
+from data import (
+    DATASETS,
+    IGNORE,
+    ConcatSection,
+    Data,
+    DataError,
+    as_array,
+    check_every_sample,
+    find_images,
+    images_of_any_size,
+    read_image,
+    unlabeled_batch,
+    with_channels,
+    worker_failure,
+)
 from dist_utils import ProcessError, UserError
 from models import (
     ConfigError,
@@ -83,6 +97,7 @@ class Evaluation:
     crop_size, stride: (height, width) of a window, and (down, right) from one to the next, pixels.
     scale: (width, height) that images are resized to fit into; labels never are.
     batch_size: images, or windows, per forward pass of each process.
+    max_pixels: larger images are predicted in tiles that overlap, which bounds the memory.
     ratios: the scales of --aug-test.
     """
 
@@ -93,10 +108,11 @@ class Evaluation:
     stride: tuple[int, int] | None = None
     scale: tuple[int, int] | None = None
     batch_size: int = 1
+    max_pixels: int = 2**24
     ratios: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
     def __post_init__(self):
-        require_positive("evaluation", self, "interval", "batch_size")
+        require_positive("evaluation", self, "interval", "batch_size", "max_pixels")
         is_valid = self.patience is None or self.patience >= 1
         require(is_valid, "evaluation.patience", self.patience, "at least 1, or null")
         is_valid = min(self.scale or [1]) >= 1
@@ -223,6 +239,11 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"config {path} holds a {type(config).__name__}; a config is one JSON object"
         )
+    return make_config(config, options, Path(path).stem)
+
+
+def make_config(config: dict, options: Sequence[str], name: str) -> Config:
+    """The same of a dict, which this changes. The work_dir's default is that of config `name`."""
     config.pop("run", None)  # the record of the command and versions, as RunDir writes it
     for option in options:
         override(config, option)
@@ -232,7 +253,7 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
             config[name] = section_class(**config[name])
     check_keywords(Config, config, "config")
     if not config.get("work_dir"):
-        config["work_dir"] = f"work_dirs/{Path(path).stem}"
+        config["work_dir"] = f"work_dirs/{name}"
     config["work_dir"] = os.path.expanduser(config["work_dir"])
     config = Config(**config)
     check_config(config)
@@ -880,6 +901,8 @@ def initialize(
         return notes + resume(state, path, checkpoint, config)
     if args.load_from:
         report = models.load_weights(state.model, checkpoint, complete=args.eval_only)
+        if args.eval_only:
+            state.iteration = checkpoint.get("iteration", 0)
         if state.ema is not None:
             state.ema.load_state_dict(state.model.state_dict())
         return [*notes, f"weights from {args.load_from}: {report}"]
@@ -1152,27 +1175,75 @@ def versions() -> dict:
 
 
 def classify(
-    logits: Tensor, label: Tensor, align_corners: bool, threshold: float = 0.5, chunk: int = 32
+    logits: Tensor,
+    label: Tensor,
+    align_corners: bool,
+    threshold: float = 0.5,
+    chunk: int = 32,
+    max_pixels: int = 2**24,
 ) -> tuple[Tensor, Tensor]:
     """Predicted classes at the label's size, and the sum of cross entropy over valid pixels.
 
     logits (N, classes, h, w), label (N, H, W) -> classes (N, H, W), loss ().
-    Logits are upsampled `chunk` classes at a time, so that memory does not grow with the number of
-    classes. threshold: the probability above which class 1 of two is predicted.
+    Logits are upsampled `chunk` classes and about `max_pixels` pixels at a time, so that memory
+    does not grow with the number of classes, nor much with the size.
+    threshold: the probability above which class 1 of two is predicted.
     """
+    height, width = label.shape[1:]
+    count = max(1, max_pixels // width)  # rows at a time
+    if count >= height:
+        logits_of = functools.partial(upsample, size=(height, width), align_corners=align_corners)
+        return classify_upsampled(logits, label, logits_of, threshold, chunk)
+    classes = torch.empty(label.shape, dtype=torch.uint8, device=logits.device)
+    loss = 0.0
+    for top in range(0, height, count):
+        rows = slice(top, min(top + count, height))
+        logits_of = functools.partial(
+            upsample_rows, size=(height, width), rows=rows, align_corners=align_corners
+        )
+        classes[:, rows], loss_sum = classify_upsampled(
+            logits, label[:, rows], logits_of, threshold, chunk
+        )
+        loss = loss + loss_sum
+    return classes, loss
+
+
+def log_odds(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
+
+
+def upsample_rows(
+    logits: Tensor, size: tuple[int, int], rows: slice, align_corners: bool
+) -> Tensor:
+    """Some rows of upsample(logits, size, align_corners)."""
+    height = logits.size(2)
+    y = torch.arange(rows.start, rows.stop, device=logits.device)
+    if align_corners:
+        y = y * ((height - 1) / max(1, size[0] - 1))
+    else:
+        y = ((y + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
+    above = y.long().clamp(max=height - 1)
+    below = (above + 1).clamp(max=height - 1)
+    share = (y - above)[:, None].to(logits.dtype)
+    mixed = logits[:, :, above].lerp(logits[:, :, below], share)  # (N, C, rows, w)
+    return upsample(mixed, (len(y), size[1]), align_corners)
+
+
+def classify_upsampled(
+    logits: Tensor, label: Tensor, upsampled: Callable, threshold: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`classify` for the pixels of `label`, at which `upsampled(logits)` are the logits."""
     label_logit = torch.zeros(label.shape, device=logits.device)  # the logit of the true class
     for first in range(0, logits.size(1), chunk):
-        part = F.interpolate(
-            logits[:, first : first + chunk],
-            label.shape[1:],
-            mode="bilinear",
-            align_corners=align_corners,
-        )  # (N, up to chunk, H, W)
+        part = upsampled(logits[:, first : first + chunk])  # (N, up to chunk, H, W)
         part_max, part_class = part.max(1)
         part_log_sum = part.logsumexp(1)
         if threshold != 0.5:
-            log_odds = math.log(threshold / (1 - threshold))
-            part_class = (part[:, 1] - part[:, 0] > log_odds).long()
+            part_class = (part[:, 1] - part[:, 0] > log_odds(threshold)).long()
         index = label.long() - first
         is_in_part = (index >= 0) & (index < part.size(1))
         index = index.clamp(0, part.size(1) - 1)
@@ -1242,17 +1313,21 @@ def palette_image(classes: Tensor, palette: Sequence) -> Image.Image:
     return image
 
 
+def as_rgb(image: Tensor) -> Image.Image:
+    """An image (C, h, w) for looking at: three channels of 8 bits."""
+    image = image[:3] if image.size(0) >= 3 else image[:1].expand(3, -1, -1)
+    if image.dtype != torch.uint8:
+        image = 255 * (image - image.min()) / (image.max() - image.min()).clamp_min(1e-6)
+    return Image.fromarray(image.byte().permute(1, 2, 0).cpu().numpy())
+
+
 def write_preview(
     path: Path, image: Tensor, label: Tensor, prediction: Tensor, palette: Sequence
 ) -> None:
     """Writes a PNG of the image (C, h, w), the label and the prediction (H, W) side by side."""
-    image = image[:3] if image.size(0) >= 3 else image[:1].expand(3, -1, -1)
-    if image.dtype != torch.uint8:
-        image = 255 * (image - image.min()) / (image.max() - image.min()).clamp_min(1e-6)
-    pixels = image.byte().permute(1, 2, 0).cpu().numpy()
     height, width = label.shape
     sheet = Image.new("RGB", (3 * width, height))
-    sheet.paste(Image.fromarray(pixels).resize((width, height)), (0, 0))
+    sheet.paste(as_rgb(image).resize((width, height)), (0, 0))
     sheet.paste(palette_image(label, palette).convert("RGB"), (width, 0))
     sheet.paste(palette_image(prediction, palette).convert("RGB"), (2 * width, 0))
     try:
@@ -1325,24 +1400,158 @@ def not_finite_output(
     )
 
 
-def too_small(
-    error: Exception, model: Segmentor, image: Tensor, data: Data, batch: dict
-) -> UserError | None:
-    """The UserError to raise instead of `error` if the network takes larger images than these."""
+def too_small(error: Exception, model: Segmentor, image: Tensor, data: Data) -> str | None:
+    """Why the network failed for a batch (N, C, h, w), if it takes larger images than these."""
     if isinstance(error, torch.OutOfMemoryError):
         return None
     size = list(image.shape[2:])
     larger = [max(sides) for sides in zip(size, data.sampling["crop_size"])]
     try:
-        model(image.new_zeros(1, image.size(1), *larger))
+        model(next(model.parameters()).new_zeros(1, image.size(1), *larger))
     except Exception:
         return None
-    names = [data.val.name(i) for i in batch["index"].tolist()]
-    return UserError(
-        f"{', '.join(names)}: the network cannot take images of {size} pixels ([height, width], "
-        f"after evaluation.scale and times evaluation.ratios), but of {larger}: {error}. Set a "
-        "larger evaluation.scale, or leave these images out."
+    return (
+        f"the network cannot take images of {size} pixels ([height, width], after "
+        f"evaluation.scale and times evaluation.ratios), but of {larger}: {error}. Set a larger "
+        "evaluation.scale, or leave these images out."
     )
+
+
+def predict_batch(
+    model: Segmentor,
+    data: Data,
+    batch: dict,
+    device: torch.device,
+    settings: Evaluation,
+    augment: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `classify` returns for a batch of the validation split, or for an unlabeled one."""
+    if batch["image"][0, 0].numel() > settings.max_pixels:
+        return predict_in_tiles(model, data, batch, device, settings, augment)
+    image, label = data.prepare(batch, device)
+    image = image.to(next(model.parameters()).dtype)
+    logits = predict_logits(model, image, label.shape[1:], settings, augment)
+    return classify(
+        logits, label, model.align_corners, model.threshold, max_pixels=settings.max_pixels
+    )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a tile covers along one axis: source pixels start..stop, output pixels first..last.
+
+    weight: (last - first) of its logits. Where two tiles overlap, their weights sum to 1.
+    next_first: where the next tile begins; the output is complete up to there.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    next_first: int
+    weight: Tensor
+
+
+def tiles_along(source: int, output: int, side: int, device: torch.device) -> list[Tile]:
+    """Tiles of at most `side` source pixels, a multiple of 64, along an axis.
+
+    They begin at multiples of 32, a network's usual total stride, and at most two overlap.
+    """
+    overlap = max(32, side // 8 // 32 * 32)
+    count = max(1, math.ceil((source - overlap) / (side - overlap)))
+    step = max(32, math.ceil((source - overlap) / count / 32) * 32)
+    starts = list(range(0, max(1, source - overlap), step))
+    spans = []
+    for start in starts:
+        stop = min(start + step + overlap, source)
+        spans.append((start, stop, round(start * output / source), round(stop * output / source)))
+    tiles = []
+    for number, (start, stop, first, last) in enumerate(spans):
+        weight = torch.ones(last - first, device=device)
+        next_first = last
+        if number > 0:
+            shared = spans[number - 1][3] - first
+            weight[:shared] = ramp(shared, device)
+        if number + 1 < len(spans):
+            next_first = spans[number + 1][2]
+            weight[next_first - first :] = ramp(last - next_first, device).flip(0)
+        tiles.append(Tile(start, stop, first, last, next_first, weight))
+    return tiles
+
+
+def ramp(count: int, device: torch.device) -> Tensor:
+    """Weights from 0 to 1 that add up to 1 with their mirror image.
+
+    The quarter next to a tile's border, which lacks context, has no weight.
+    """
+    position = (torch.arange(count, device=device) + 0.5) / count
+    return (2 * position - 0.5).clamp(0, 1)
+
+
+def predict_in_tiles(
+    model: Segmentor,
+    data: Data,
+    batch: dict,
+    device: torch.device,
+    settings: Evaluation,
+    augment: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `predict_batch`, in overlapping tiles, whose logits are blended where they overlap.
+
+    Of the logits, only those to which further tiles will add are kept.
+    """
+    image = batch["image"]  # (N, C, h, w), on the host
+    label = batch["label"]  # (N, H, W)
+    dtype = next(model.parameters()).dtype
+    side = max(64, math.isqrt(settings.max_pixels) // 128 * 64)
+    classes = torch.empty(label.shape, dtype=torch.uint8, device=device)
+    loss = 0.0
+    below = None  # (N, classes, rows, W): what the row of tiles above adds to the next one
+    columns = tiles_along(image.size(3), label.size(2), side, device)
+    for row in tiles_along(image.size(2), label.size(1), side, device):
+        right = None  # (N, classes, rows of a tile, columns): what a tile adds to the next one
+        next_below = None
+        for column in columns:
+            tile = {
+                "image": image[:, :, row.start : row.stop, column.start : column.stop],
+                "label": label[:, row.first : row.last, column.first : column.last],
+            }
+            pixels, _ = data.prepare(tile, device)
+            size = tile["label"].shape[1:]
+            logits = predict_logits(model, pixels.to(dtype), size, settings, augment)
+            logits = upsample(logits.float(), size, model.align_corners)
+            logits = logits * row.weight[:, None] * column.weight
+
+            if right is not None:
+                logits[:, :, :, : right.size(3)] += right
+            width = column.next_first - column.first
+            right = logits[:, :, :, width:].clone()
+            logits = logits[:, :, :, :width]
+
+            if below is not None:
+                above = below[:, :, :, column.first : column.next_first]
+                logits[:, :, : above.size(2)] += above
+            height = row.next_first - row.first
+            if next_below is None:
+                shape = (*logits.shape[:2], row.last - row.next_first, label.size(2))
+                next_below = logits.new_empty(shape)
+            next_below[:, :, :, column.first : column.next_first] = logits[:, :, height:]
+
+            place = (
+                slice(None),
+                slice(row.first, row.next_first),
+                slice(column.first, column.next_first),
+            )
+            classes[place], loss_sum = classify(
+                logits[:, :, :height],
+                label[place].to(device),
+                model.align_corners,
+                model.threshold,
+                max_pixels=settings.max_pixels,
+            )
+            loss = loss + loss_sum
+        below = next_below
+    return classes, loss
 
 
 @torch.inference_mode()
@@ -1368,7 +1577,6 @@ def evaluate(
     show_dir: where to write a PNG of each prediction.
     """
     num_classes = len(data.classes)
-    dtype = next(model.parameters()).dtype
     # The last cell counts ignored pixels.
     confusion = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -1386,12 +1594,16 @@ def evaluate(
             if interrupted():
                 is_interrupted += 1
                 break
-            image, label = data.prepare(batch, device)
+            label = batch["label"].to(device, non_blocking=True)
+            batch["label"] = label
             try:
-                logits = predict_logits(model, image.to(dtype), label.shape[1:], settings, augment)
+                prediction, loss_sum = predict_batch(model, data, batch, device, settings, augment)
             except Exception as error:
-                raise too_small(error, model, image, data, batch) or error from None
-            prediction, loss_sum = classify(logits, label, model.align_corners, model.threshold)
+                reason = too_small(error, model, batch["image"], data)
+                if reason is None:
+                    raise
+                names = [data.val.name(i) for i in batch["index"].tolist()]
+                raise UserError(f"{', '.join(names)}: {reason}") from None
             loss += loss_sum
             index_losses.append((batch["index"].clone(), loss_sum))
             cell = label.long() * num_classes + prediction
@@ -1413,6 +1625,359 @@ def evaluate(
     metrics["loss"] = (loss / confusion.sum().clamp(min=1)).item()
     metrics["confusion"] = confusion.tolist()
     return metrics
+
+
+# ------------------------------------------------------------------------------ Prediction, export
+
+
+class Predictor:
+    """Predicts classes as the evaluation does. `load_predictor` makes one from a checkpoint.
+
+    classes: the names of the classes. palette: [red, green, blue] for each.
+    """
+
+    def __init__(
+        self,
+        checkpoint: dict,
+        config: Config,
+        device: torch.device,
+        augment: bool = False,
+    ):
+        self.device = device
+        self.settings = config.evaluation
+        self.augment = augment
+        precision, self.autocast = choose_arithmetic(config, device)
+        dtype, _ = PRECISIONS[precision]
+        model = models.build_model(config.model)
+        models.load_weights(model, checkpoint, complete=True)
+        self.model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+        self.data = Data(**config.data, seed=config.seed).to(device)
+        self.classes, self.palette = classes_of(checkpoint, self.data)
+        if len(self.classes) != model.num_classes:
+            raise ConfigError(
+                f"the network has {model.num_classes} classes, but {len(self.classes)} have names: "
+                f"{', '.join(self.classes[:8])}... They must agree."
+            )
+
+    def __call__(self, image: Image.Image | np.ndarray | str | Path) -> np.ndarray:
+        """Predicts one image: (H, W) uint8, the classes at the image's own size.
+
+        image: a file, which is read as training reads it; a PIL image; or an array (H, W, C) or
+            (H, W), RGB and in the units of the training files.
+        """
+        if isinstance(image, (str, Path)):
+            with images_of_any_size():
+                pixels = read_image(str(image), self.data.in_channels)
+        else:
+            if isinstance(image, Image.Image):
+                image = ImageOps.exif_transpose(image)
+                if image.mode in ("P", "CMYK", "YCbCr"):
+                    image = image.convert("RGB")
+            pixels = with_channels(as_array(image), self.data.in_channels, "the image")
+        return self.predict_batch(unlabeled_batch(pixels, self.settings.scale))
+
+    @torch.inference_mode()
+    def predict_batch(self, batch: dict) -> np.ndarray:
+        """The classes of a batch of one image: (H, W) uint8."""
+        with evaluation_mode(self.model), self.autocast():
+            while True:
+                try:
+                    classes, loss = predict_batch(
+                        self.model, self.data, batch, self.device, self.settings, self.augment
+                    )
+                    if (
+                        not loss.isfinite()
+                    ):  # 0 for an unlabeled image, unless a logit is not finite
+                        raise UserError("the network's output for this image is not finite")
+                    return classes[0].byte().cpu().numpy()
+                except torch.OutOfMemoryError:
+                    # Tiles have about a quarter of max_pixels.
+                    pixels = batch["image"][0, 0].numel()
+                    max_pixels = min(self.settings.max_pixels, pixels) // 4
+                    if max_pixels < 256**2:
+                        raise
+                    self.settings = replace(self.settings, max_pixels=max_pixels)
+                    tqdm.write(f"GPU memory is too small: evaluation.max_pixels={max_pixels}")
+
+
+def load_predictor(checkpoint: str | Path, device: str | torch.device | None = None) -> Predictor:
+    """The network of a checkpoint, to be called with images; see `Predictor`.
+
+    Sets torch's global switches for the config's precision, as a run does.
+
+    device: by default the GPU if there is one.
+    Raises CheckpointError or ConfigError.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    content = load_checkpoint(checkpoint)
+    return Predictor(content, config_of(content, checkpoint), torch.device(device))
+
+
+def config_of(checkpoint: dict, path: str | Path, options: Sequence[str] = ()) -> Config:
+    """The config in a checkpoint, whose folder is the work_dir, with options applied."""
+    if not isinstance(checkpoint.get("config"), dict):
+        raise CheckpointError(
+            f"{path} holds no config, as it was not written by train.py: name one by --config"
+        )
+    folder = Path(path).parent  # where it is now
+    config = copy.deepcopy(checkpoint["config"]) | {"work_dir": str(folder)}
+    return make_config(config, options, folder.name)
+
+
+def classes_of(checkpoint: dict, data: Data) -> tuple[list[str], list[list[int]]]:
+    """Names and colors of the classes: of the checkpoint, or else of the config's data set."""
+    meta = checkpoint.get("meta") or {}  # of MMSegmentation's checkpoints
+    for found in (checkpoint, meta.get("dataset_meta") or {}):
+        if found.get("classes") and found.get("palette"):
+            return list(found["classes"]), [list(color) for color in found["palette"]]
+    if meta.get("CLASSES") and meta.get("PALETTE"):  # before MMSegmentation 1.0
+        return list(meta["CLASSES"]), [list(color) for color in meta["PALETTE"]]
+    return data.classes, data.palette
+
+
+def predict_files(predict: Predictor, paths: list[str], show_dir: Path) -> None:
+    """Predicts image files and those in folders, and writes labels and overlays below show_dir.
+
+    Each process takes its share of the files. Raises UserError at the end if some of them could
+    not be read or written.
+    """
+    path_of = find_images(paths)
+    name_of = {path: name for name, path in path_of.items()}
+    for name in path_of:
+        for path in output_paths(show_dir, name):
+            if os.path.abspath(path) in name_of:
+                raise ConfigError(f"--show-dir {show_dir}: {path} is one of the images to predict")
+    mine = list(name_of)[dist_utils.rank() :: dist_utils.world_size()]
+    settings = predict.settings
+    batches = predict.data.unlabeled_batches(mine, settings.scale, settings.max_pixels)
+    failed = 0
+    pixels = 0
+    began = time.perf_counter()
+    # One autocast around the loop keeps the weights that it has cast.
+    with predict.autocast():
+        for path, batch in tqdm(batches, "predict", len(mine), disable=is_quiet()):
+            try:
+                pixels += predict_file(predict, path, batch, show_dir, name_of[path])
+            except UserError as error:
+                failed += 1
+                tqdm.write(str(error), file=sys.stderr)
+    seconds = time.perf_counter() - began
+    counts = torch.tensor([failed, pixels], dtype=torch.float64, device=predict.device)
+    failed, pixels = dist_utils.all_reduce(counts).tolist()
+    count = len(path_of) - int(failed)
+    if dist_utils.rank() == 0:
+        print(
+            f"predicted {count} images in {seconds:.1f} s: {count / seconds:.2f} images/s, "
+            f"{pixels / 1e6 / seconds:.1f} megapixels/s; classes in {show_dir / 'labels'}, "
+            f"overlays in {show_dir / 'overlays'}"
+        )
+    if failed:
+        raise UserError(f"{int(failed)} of {len(path_of)} images failed; they are named above")
+
+
+def predict_file(
+    predict: Predictor, path: str, batch: dict | DataError, show_dir: Path, name: str
+) -> int:
+    """Predicts an image file that was read, and writes the result. Returns its number of pixels.
+
+    Raises UserError if the file could not be read, predicted or written.
+    """
+    if isinstance(batch, DataError):
+        raise batch
+    try:
+        classes = predict.predict_batch(batch)
+        write_prediction(show_dir, name, batch["image"][0], classes, predict)
+        return classes.size
+    except (UserError, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        reason = too_small(error, predict.model, batch["image"], predict.data)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: {reason}") from None
+
+
+def output_paths(show_dir: Path, name: str) -> tuple[Path, Path]:
+    """Where the label and the overlay of an image are written."""
+    return show_dir / "labels" / f"{name}.png", show_dir / "overlays" / f"{name}.jpg"
+
+
+def write_prediction(
+    show_dir: Path, name: str, image: Tensor, classes: np.ndarray, predict: Predictor
+) -> None:
+    """Writes the classes (H, W) as a PNG with a palette, and over the image (C, h, w) as a JPEG."""
+    label_path, overlay_path = output_paths(show_dir, name)
+    label = palette_image(torch.from_numpy(classes), predict.palette)
+    sheet = overlay(image, label, predict.classes, predict.palette)
+    for path in (label_path, overlay_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(label_path, lambda file: label.save(file, "png"))
+    atomic_write(overlay_path, lambda file: sheet.save(file, "jpeg"))
+
+
+def overlay(
+    image: Tensor, label: Image.Image, classes: Sequence[str], palette: Sequence
+) -> Image.Image:
+    """The image (C, h, w) blended with its label, at most 2048 pixels wide and high, and a legend.
+
+    The legend names the classes that occur, with their share of the pixels.
+    """
+    factor = min(1.0, 2048 / max(label.size))
+    size = [max(1, round(side * factor)) for side in label.size]
+    picture = Image.blend(
+        as_rgb(image).resize(size), label.resize(size, Image.Resampling.NEAREST).convert("RGB"), 0.5
+    )
+    shares = np.array(label.histogram()) / (label.width * label.height)
+    entries = []
+    for index in np.flatnonzero(shares[: len(classes)]):
+        entries.append((f"{classes[index]} {100 * shares[index]:.1f} %", tuple(palette[index])))
+    line = 16  # pixels
+    width = 24 + max(round(ImageDraw.ImageDraw(picture).textlength(text)) for text, _ in entries)
+    columns = max(1, size[0] // width)
+    rows = math.ceil(len(entries) / columns)
+    sheet = Image.new("RGB", (max(size[0], width), size[1] + line * rows), "white")
+    sheet.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for number, (text, color) in enumerate(entries):
+        x = width * (number % columns)
+        y = size[1] + line * (number // columns)
+        draw.rectangle((x + 3, y + 3, x + 14, y + 13), fill=color, outline="black")
+        draw.text((x + 18, y + 2), text, fill="black")
+    return sheet
+
+
+class ExportedNetwork(nn.Module):
+    """Images (N, C, H, W), as the files hold them -> classes (N, H, W) uint8.
+
+    Normalization is inside. The image is predicted as a whole, at its own scale.
+    """
+
+    def __init__(self, model: Segmentor, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = self.model.class_logits((image.float() - self.mean) / self.std)
+        logits = upsample(logits, image.shape[2:], self.model.align_corners)
+        if self.model.threshold != 0.5:
+            return (logits[:, 1] - logits[:, 0] > log_odds(self.model.threshold)).byte()
+        return logits.argmax(1).byte()
+
+
+def export(predict: Predictor, path: Path) -> list[str]:
+    """Writes the network as ONNX (.onnx) or by torch.export (.pt2), and checks the file.
+
+    predict: on the CPU. Returns lines for the user.
+    """
+    data = predict.data
+    network = ExportedNetwork(predict.model, data.mean, data.std).float().eval()
+    network = network.to(memory_format=torch.contiguous_format)
+    # Values beyond 255 cannot be of 8 bits.
+    is_8_bit = max(data.mean.max(), data.std.max()) <= 255
+    dtype = torch.uint8 if is_8_bit else torch.float32
+    program, batch_size = trace(network, data.in_channels, dtype)
+    if path.suffix == ".onnx":
+        content = to_onnx(program)
+        atomic_write(path, lambda file: file.write(content))
+    else:
+        atomic_write(path, lambda file: torch.export.save(program, file))
+    lines = [f"wrote {path}: image ({batch_size}, {data.in_channels}, H, W) {dtype} -> classes"]
+    lines += check_exported(network, path, data.in_channels, dtype)
+    if predict.settings.scale or predict.settings.mode == "slide":
+        lines.append(
+            f"note: the file predicts a whole image at its own scale. The evaluation has mode "
+            f"{predict.settings.mode}, scale {predict.settings.scale}: resize images, and cut them "
+            "into windows, before the exported network in the same way"
+        )
+    return lines
+
+
+def trace(
+    network: ExportedNetwork, channels: int, dtype: torch.dtype
+) -> tuple[torch.export.ExportedProgram, str]:
+    """The traced network and the batch size that it takes, "N" or "1". Raises ConfigError."""
+    from torch.fx.experimental import _config
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    dynamic = torch.export.Dim.DYNAMIC
+    for batch_size in ("N", "1"):
+        image = sample_image(2 if batch_size == "N" else 1, channels, 256, 320, dtype)
+        shapes = {2: dynamic, 3: dynamic}
+        if batch_size == "N":
+            shapes[0] = dynamic
+        try:
+            with (
+                torch.no_grad(),
+                # Sizes of 1 are no special cases, and fused attention fixes the batch size.
+                _config.patch(backed_size_oblivious=True),
+                sdpa_kernel(SDPBackend.MATH),
+            ):
+                program = torch.export.export(network, (image,), dynamic_shapes=(shapes,))
+                for size in ((1, 256, 320), (1, 225, 353)):
+                    program.module()(sample_image(size[0], channels, *size[1:], dtype))
+            return program, batch_size
+        except Exception as error:  # torch.export raises many kinds
+            failure = error
+    raise ConfigError(
+        "this network cannot be exported for images of any size, because an operation in it "
+        f"depends on the size in a way that torch.export cannot express: {failure}"
+    ) from failure
+
+
+def sample_image(count: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """A smooth random image (N, C, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(count, channels, 9, 9, generator=generator)
+    return (255 * upsample(noise, (height, width), align_corners=True)).to(dtype)
+
+
+def to_onnx(program: torch.export.ExportedProgram) -> bytes:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"--export to ONNX needs the package {error.name}: pip install onnx onnxscript"
+        ) from None
+    try:
+        converted = torch.onnx.export(
+            program, dynamo=True, input_names=["image"], output_names=["classes"], verbose=False
+        )
+        return converted.model_proto.SerializeToString()
+    except Exception as error:  # the converter raises many kinds
+        raise ConfigError(
+            f"this network cannot be converted to ONNX: {error}\nExport it as a .pt2 file instead"
+        ) from error
+
+
+def check_exported(
+    network: ExportedNetwork, path: Path, channels: int, dtype: torch.dtype
+) -> list[str]:
+    """Compares the file with the network at two sizes. Raises UserError if they disagree."""
+    if path.suffix == ".pt2":
+        exported = torch.export.load(path).module()
+    else:
+        try:
+            import onnxruntime
+        except ImportError:
+            return ["not checked: pip install onnxruntime, and export again to compare the two"]
+        session = onnxruntime.InferenceSession(path)
+
+        def exported(image: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+    lines = []
+    for height, width in ((256, 320), (225, 353)):
+        image = sample_image(1, channels, height, width, dtype)
+        with torch.inference_mode():
+            differ = (exported(image) != network(image)).sum().item()
+        lines.append(f"checked at {height} x {width}: {differ} of {height * width} pixels differ")
+        if differ > 0.01 * height * width:
+            raise UserError(f"{path} is not what the network computes: {lines[-1]}")
+    return lines
 
 
 # ------------------------------------------------------------------------------- One training step
@@ -1450,6 +2015,17 @@ def set_up_arithmetic(precision: str, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     # Deterministic mode would also fill every new tensor, which is only of use for debugging.
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def choose_arithmetic(config: Config, device: torch.device) -> tuple[str, Callable]:
+    """Sets torch up for a config's precision; returns that and autocast."""
+    precision = choose_precision(config.precision, device)
+    set_up_arithmetic(precision, config.deterministic)
+    _, low_precision = PRECISIONS[precision]
+    autocast = functools.partial(
+        torch.autocast, device.type, low_precision, enabled=low_precision is not None
+    )
+    return precision, autocast
 
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:
@@ -1663,6 +2239,10 @@ def validate(
     interrupted: Callable = lambda: False,
 ) -> bool | None:
     """Evaluates and logs. Returns whether this is the best mIoU so far; None if interrupted."""
+    mode = "test" if args.eval_only else "val"
+    preview = None  # an evaluation beside training leaves those of the run alone
+    if not args.eval_only:
+        preview = run_dir.path / "preview" / f"iter_{state.iteration}.png"
     began = time.perf_counter()
     try:
         metrics = evaluate(
@@ -1672,7 +2252,7 @@ def validate(
             config.evaluation,
             autocast,
             augment=args.aug_test,
-            preview=run_dir.path / "preview" / f"iter_{state.iteration}.png",
+            preview=preview,
             show_dir=Path(args.show_dir) if args.show_dir else None,
             interrupted=interrupted,
         )
@@ -1690,7 +2270,7 @@ def validate(
         f"validation at iteration {state.iteration}: {len(data.val)} images in {seconds:.1f} s\n"
         f"{table(metrics, data.classes)}\n{', '.join(means)}, loss {metrics['loss']:.4f}"
     )
-    run_dir.metrics("val", state.iteration, metrics)
+    run_dir.metrics(mode, state.iteration, metrics)
     if state.best and metrics["mIoU"] <= state.best["mIoU"]:
         state.validations_since_best += 1
         return False
@@ -1987,12 +2567,7 @@ def run(  # noqa: PLR0915
     max_iters = config.schedule["max_iters"]
 
     # Arithmetic.
-    precision = choose_precision(config.precision, device)
-    set_up_arithmetic(precision, config.deterministic)
-    _, low_precision = PRECISIONS[precision]
-    autocast = functools.partial(
-        torch.autocast, device.type, low_precision, enabled=low_precision is not None
-    )
+    precision, autocast = choose_arithmetic(config, device)
 
     # Data, network, optimizer.
     data = load_data(args, config, device)
@@ -2110,7 +2685,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     path = os.path.expanduser  # the shell leaves the ~ in --config=~/mine.json
-    add("--config", type=path, help="a JSON file, such as one of configs/")
+    add(
+        "--config",
+        type=path,
+        help="a JSON file, such as one of configs/; by default the config in the checkpoint for "
+        "--eval-only, --predict and --export",
+    )
     add(
         "--work-dir",
         type=path,
@@ -2146,6 +2726,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="write each validation image's prediction there as a PNG with a palette",
     )
     add(
+        "--predict",
+        type=path,
+        metavar="PATH",
+        nargs="+",
+        help="predict images, and those in folders, with --load-from; write them to --show-dir",
+    )
+    add(
+        "--export",
+        type=path,
+        metavar="FILE",
+        help="write --load-from as .onnx or .pt2 (torch.export)",
+    )
+    add(
         "--check-data",
         action="store_true",
         help="decode every sample, print class frequencies and draw a contact sheet, then exit",
@@ -2167,7 +2760,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if not args.config:
+    has_config = args.predict or args.export or (args.eval_only and args.load_from)
+    if not args.config and not has_config:
         parser.error("--config is missing. Try: python train.py --config configs/quickstart.json")
     return args
 
@@ -2178,7 +2772,13 @@ def main(argv: Sequence[str] | None = None) -> str:
     options = list(args.options)
     if args.work_dir:
         options.append(f"work_dir={json.dumps(args.work_dir)}")
-    config = read_config(args.config, options)
+    is_used = args.predict or args.export
+    if is_used:
+        check_use(args)
+    if args.config:
+        config = read_config(args.config, options)
+    else:
+        config = config_of(load_checkpoint(args.load_from), args.load_from, options)
     if args.print_config:
         check_network(config)
         print(json.dumps(complete(asdict(config)), indent=1))
@@ -2191,17 +2791,41 @@ def main(argv: Sequence[str] | None = None) -> str:
         data = Data(**normalization | config.data, seed=config.seed)
         check_every_sample(data, folder / "contact_sheet.png")
         return "done"
-    notes = check_network(config)
+    notes = [] if is_used else check_network(config)
     if config.deterministic:  # cuBLAS reads this when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = dist_utils.init(timeout=config.timeout)
     try:
-        ending = run(args, config, device, notes)
+        ending = use(args, config, device) if is_used else run(args, config, device, notes)
         # Not after an error: cleaning up would wait for processes that may be gone.
         dist_utils.cleanup()
         return ending
     except (RuntimeError, ProcessError) as error:
         raise as_user_error(error) from None
+
+
+def check_use(args: argparse.Namespace) -> None:
+    """Checks the arguments that go with --predict and --export. Raises ConfigError."""
+    if not args.load_from:
+        raise ConfigError("--predict and --export need a checkpoint: name it by --load-from")
+    if args.predict and not args.show_dir:
+        raise ConfigError("--predict writes below a folder: name it by --show-dir")
+    if args.export and Path(args.export).suffix not in (".onnx", ".pt2"):
+        raise ConfigError(f"--export {args.export}: expected a name that ends in .onnx or .pt2")
+
+
+def use(args: argparse.Namespace, config: Config, device: torch.device) -> str:
+    """Predicts images, exports the network, or both. Returns "done"."""
+    checkpoint = load_checkpoint(args.load_from)
+    if args.predict:
+        predict = Predictor(checkpoint, config, device, args.aug_test)
+        predict_files(predict, args.predict, make_folder(args.show_dir))
+    if args.export and dist_utils.rank() == 0:
+        path = Path(args.export)
+        make_folder(path.parent)
+        predict = Predictor(checkpoint, config, torch.device("cpu"))
+        print(*export(predict, path), sep="\n")
+    return "done"
 
 
 def as_user_error(error: Exception) -> Exception:

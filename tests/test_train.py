@@ -444,7 +444,7 @@ def test_validation_counts_each_image_once(straight, tiny, run, evaluation):
     for world_size in (1, 2, 3):
         config = sibling(tiny, f"world_size{world_size}")
         run(config, "--eval-only", "--load-from", weights, world_size=world_size)
-        results += metrics(config, "val")
+        results += metrics(config, "test")
     one, two, three = results
     assert one["confusion"] == two["confusion"] == three["confusion"]
     assert one["mIoU"] == three["mIoU"]
@@ -452,11 +452,15 @@ def test_validation_counts_each_image_once(straight, tiny, run, evaluation):
     assert sum(map(sum, one["confusion"])) == valid_pixels(tiny)
 
 
-def test_evaluation_leaves_the_run_as_it_is(finished, run):
-    """In the work_dir of the run itself, it appends to the logs and writes a preview only."""
+def test_evaluation_leaves_the_run_as_it_is(finished):
+    """In the work_dir of the run itself, it appends to the logs only, without needing a config."""
     before = files_of(finished)
+    previews = list((Path(finished["work_dir"]) / "preview").iterdir())
     latest = Path(finished["work_dir"]) / "latest.pth"
-    run(finished, "--eval-only", "--load-from", latest)
+    for preview in previews:
+        os.utime(preview, (0, 0))
+    assert train.main(["--eval-only", "--load-from", str(latest)]) == "done"
+    assert {preview.stat().st_mtime for preview in previews} == {0}
     after = files_of(finished)
     assert after.keys() == before.keys()
     for name, content in before.items():
@@ -464,7 +468,9 @@ def test_evaluation_leaves_the_run_as_it_is(finished, run):
             assert after[name].startswith(content), name
         else:
             assert after[name] == content, name
-    first, second = metrics(finished, "val")
+    (first,) = metrics(finished, "val")
+    (second,) = metrics(finished, "test")
+    assert second["iteration"] == first["iteration"] == 6
     assert first["confusion"] == second["confusion"]
     assert first["mIoU"] == second["mIoU"]
 
@@ -477,7 +483,7 @@ def test_show_dir_with_aug_test(straight, tiny, run, tmp_path):
     shown = sorted(show_dir.iterdir())
     assert len(shown) == tiny["data"]["val_length"]
     assert Image.open(shown[0]).mode == "P"
-    assert len(metrics(tiny, "val")) == 1
+    assert len(metrics(tiny, "test")) == 1
 
 
 def test_camvid_on_two_processes(tiny, run):
