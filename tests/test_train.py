@@ -135,7 +135,7 @@ def test_average_is_resumed_and_evaluated(tiny, run, world_size):
     models.load_weights(model, saved)
     assert_same(dict(model.state_dict()), dict(saved["ema"]))
     run(tiny, "--eval-only", "--load-from", Path(straight["work_dir"]) / "iter_6.pth")
-    assert metrics(tiny, "val")[0]["loss"] == metrics(straight, "val")[0]["loss"]
+    assert metrics(tiny, "test")[0]["loss"] == metrics(straight, "val")[0]["loss"]
 
 
 def test_average_is_the_formula():
