@@ -10,6 +10,7 @@
 import argparse
 import ast
 import contextlib
+import copy
 import fcntl
 import functools
 import importlib.metadata
