@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from PIL import Image
+from test_readme import README, code_blocks
 
 import data
 import models
@@ -172,6 +173,21 @@ def test_predictor_takes_arrays_and_pillow_images(tmp_path):
     turned = Image.fromarray(array)
     turned.getexif()[0x0112] = 6  # to be shown turned by 90 degrees
     assert np.array_equal(predict(turned), predict(np.rot90(array, -1)))
+
+
+def test_lines_for_a_notebook(tmp_path, monkeypatch, capsys):
+    """The code in the README runs as it is."""
+    (code,) = code_blocks(README.split("## Your own data")[0], "python")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work_dirs/psp").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    write_checkpoint(tiny_config(tmp_path / "work"), tmp_path / "work_dirs/psp/best.pth")
+    image = smooth_image(np.random.default_rng(0), 50, 70)
+    Image.fromarray(image).save("photos/a.jpg")
+    names = {}
+    exec(code, names)
+    assert names["classes"].shape == (50, 70)
+    assert capsys.readouterr().out.split()[0] in data.Synthetic.classes
 
 
 def test_files_and_their_names(tmp_path, run, capfd):
