@@ -67,6 +67,7 @@ def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
     store: where the ranks meet, instead of at MASTER_ADDR:MASTER_PORT.
     timeout: seconds to wait for the other ranks, here and in every collective.
     """
+    _check_launcher()
     device = _select_device()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
@@ -103,6 +104,21 @@ def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
             "The last lines that they printed may say why."
         ) from None
     return device
+
+
+def _check_launcher() -> None:
+    """Raises ProcessError if srun or mpirun started several tasks that do not know each other."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        tasks = os.environ.get(name, "1")
+        if tasks.isdecimal() and int(tasks) > 1:
+            raise ProcessError(
+                f"srun or mpirun started {tasks} tasks ({name}), of which each would train alone. "
+                "Let launch_slurm.py start the tasks, or one torchrun per node "
+                "(srun --ntasks-per-node=1 torchrun ...). If each task is meant to be a run of its "
+                "own, set WORLD_SIZE=1."
+            )
 
 
 def _select_device() -> torch.device:

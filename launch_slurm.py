@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dist_utils  # before torch, which reads the environment that this sets
@@ -50,6 +50,23 @@ DEFAULT_GPUS_PER_NODE = 8
 DEFAULT_WORKERS = 8  # data loader processes that a task gets cores for
 # Passed to sbatch unchanged
 SBATCH_FLAGS = ("mem", "qos", "account", "constraint", "exclude", "reservation")
+# Options of sbatch that this file sets itself, and the flags that they come from
+OWN_OPTIONS = {
+    "array": "one command for each run",
+    "output": "--work-dir",
+    "error": "--work-dir",
+    "nodes": "--nodes",
+    "ntasks": "--tasks-per-node",
+    "ntasks_per_node": "--tasks-per-node",
+    "gpus": "--gpus",
+    "gpus_per_node": "--gpus-per-node",
+    "cpus_per_task": "--cpus-per-task",
+}
+# SBATCH_* variables that begin so override what the script says, or come from an enclosing job.
+HIDDEN_VARIABLES = (
+    *("ARRAY_INX", "CPU_BIND", "ERROR", "GPUS", "JOB_NAME", "MEM_BIND", "NO_REQUEUE", "OUTPUT"),
+    "SIGNAL",
+)
 FINAL_STATES = (
     "COMPLETED",
     "FAILED",
@@ -365,7 +382,46 @@ def setup_lines(args: argparse.Namespace) -> list[str]:
     return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", *args.setup]
 
 
-def slurm_executor(folder: Path, args: argparse.Namespace) -> submitit.SlurmExecutor:
+def visibility_check(file: Path, nodes: int) -> list[str]:
+    """Shell lines that end the job unless all nodes see a file that was written at submission.
+
+    The first node sees it: Slurm has opened the log beside it, which these lines write to. File
+    servers may hide a new file for a minute.
+    """
+    if nodes == 1:
+        return []
+    script = (
+        'for second in $(seq 90); do [ -e "$1" ] && exit; sleep 1; done; '
+        'echo "error: $(hostname) does not see $1. All nodes must share the work_dir."; exit 1'
+    )
+    command = ("bash", "-c", script, "bash", str(file))
+    one_task_per_node = ("--export=ALL", f"--ntasks={nodes}", "--ntasks-per-node=1")
+    return [shlex.join(["srun", *one_task_per_node, *command]) + " || exit 1"]
+
+
+@contextlib.contextmanager
+def outside_of_jobs(args: argparse.Namespace) -> Iterator[None]:
+    """Hides the job that this command runs in, if any: the new job would take after it.
+
+    Of the user's defaults in SBATCH_* variables, hides those that would override the command line.
+    """
+    names = {"mem": "MEM_PER", "time": "TIMELIMIT"}
+    overriding = list(HIDDEN_VARIABLES)
+    for flag in ("partition", "time", *SBATCH_FLAGS):
+        if getattr(args, flag) is not None:
+            overriding.append(names.get(flag, flag.upper()))
+    hidden = tuple(f"SBATCH_{name}" for name in overriding)
+    kept = {}
+    for name, value in os.environ.items():
+        is_default = name.startswith("SBATCH_") and not name.startswith(hidden)
+        if is_default or name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"):
+            kept[name] = value
+    with submitit.helpers.clean_env():
+        os.environ.update(kept)
+        yield
+
+
+def slurm_executor(folder: Path, copy: Path, args: argparse.Namespace) -> submitit.SlurmExecutor:
     try:
         executor = submitit.SlurmExecutor(folder, python=shlex.join(TASK_PYTHON))
     except RuntimeError:
@@ -393,9 +449,14 @@ def slurm_executor(folder: Path, args: argparse.Namespace) -> submitit.SlurmExec
         time=None,
         wckey=None,
         stderr_to_stdout=True,
-        setup=setup_lines(args),
-        # srun does not inherit --cpus-per-task from sbatch.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus_per_task}"],
+        setup=[*setup_lines(args), *visibility_check(copy, args.nodes)],
+        # srun does not inherit --cpus-per-task from sbatch. With SBATCH_EXPORT=NONE, which some
+        # centers set, it would not hand on the environment either.
+        srun_args=[
+            "--kill-on-bad-exit=1",
+            "--export=ALL",
+            f"--cpus-per-task={args.cpus_per_task}",
+        ],
         # Users read rank 0's log, so it ends with the cause of a failure.
         teardown=[
             "status=$?",
@@ -478,13 +539,27 @@ def follow(log: Path, job: submitit.Job, is_local: bool) -> int:
                 sys.stdout.buffer.write(file.read())
                 sys.stdout.buffer.flush()
                 position = file.tell()
+    if not log.exists():
+        print(
+            f"error: there is no {log}. If the job has started, its node does not see that folder: "
+            "name a --work-dir that all machines share",
+            file=sys.stderr,
+        )
     return status
 
 
-def check_request(args: argparse.Namespace, train_args: argparse.Namespace, data: dict) -> None:
+def check_request(
+    args: argparse.Namespace, train_args: argparse.Namespace, work_dir: Path, data: dict
+) -> None:
     """Raises UserError for what would otherwise fail after the job has waited in the queue."""
     if args.local and (args.nodes > 1 or args.dry_run):
         raise UserError("--local uses this machine alone: it takes no --dry-run and one node")
+    for item in args.slurm:
+        option = item.partition("=")[0].replace("-", "_")
+        if option in OWN_OPTIONS:
+            raise UserError(
+                f"--slurm {item} contradicts what this command sets: use {OWN_OPTIONS[option]}"
+            )
     processes = args.nodes * args.tasks_per_node
     parts = processes * data.get("accumulate", 1)
     if data["batch_size"] % parts and not train_args.eval_only:
@@ -492,6 +567,11 @@ def check_request(args: argparse.Namespace, train_args: argparse.Namespace, data
             f"data.batch_size {data['batch_size']} cannot be split evenly over {processes} "
             "processes (x data.accumulate). Request other nodes or GPUs, or set it to a multiple "
             f"of {parts}, which needs another learning rate."
+        )
+    if "%" in str(work_dir) or "\\" in str(work_dir):
+        raise UserError(
+            f"work_dir {work_dir}: Slurm replaces % and \\ in the names of its logs. Name another "
+            "with --work-dir; each job writes its own files into work_dir/slurm."
         )
     for path in (train_args.load_from, train_args.resume_from):
         if path not in (None, "auto") and not Path(path).is_file():
@@ -518,8 +598,8 @@ def launch(args: argparse.Namespace, train_argv: list[str]) -> int:
     if not train_args.config:
         raise UserError("--config is missing; each job keeps a copy of its config")
     config = train.load_config(train_args.config, train_args.options)
-    check_request(args, train_args, config["data"])
     work_dir = Path(train_args.work_dir or config["work_dir"]).absolute()
+    check_request(args, train_args, work_dir, config["data"])
     args.job_name = args.job_name or work_dir.name
     if not args.cpus_per_task:
         workers = config["data"].get("workers")
@@ -531,14 +611,17 @@ def launch(args: argparse.Namespace, train_argv: list[str]) -> int:
     copy = folder / f"config_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.json"
     task = Job(train_argv, copy, work_dir, resume_from, requested_port(), config["timeout"])
     try:
-        executor = local_executor(folder, args) if args.local else slurm_executor(folder, args)
+        if args.local:
+            executor = local_executor(folder, args)
+        else:
+            executor = slurm_executor(folder, copy, args)
         if args.dry_run:
             print(executor._make_submission_file_text(executor._submitit_command_str, ""))
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         train.atomic_write(copy, lambda file: file.write(json.dumps(config).encode()))
         # submitit prints sbatch's error, and raises it too.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs(args):
             job = executor.submit(task)
     except OSError as error:
         raise UserError(

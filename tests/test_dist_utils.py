@@ -294,6 +294,17 @@ def test_missing_variables_are_named(monkeypatch, environment, missing):
     assert "torchrun" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_do_not_know_each_other(monkeypatch, name):
+    """As `srun -n 2 python train.py` starts them."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ProcessError, match="2 tasks .*launch_slurm.py .*torchrun"):
+        dist_utils.init()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # runs that are meant to be independent
+    assert dist_utils.init().type in ("cpu", "cuda")
+
+
 def test_missing_variables_end_the_run_without_a_traceback(tiny, run):
     output = run(tiny, env={"WORLD_SIZE": "2"}, expect=1).output()
     assert "error: WORLD_SIZE is 2 in the environment, but there is no RANK" in output

@@ -42,6 +42,8 @@ def small_config() -> dict:
     return config
 
 
+CONFIG = small_config()
+
 # Replaces data.py in jobs, which these variables disturb:
 # PAUSE: seconds to sleep before every iteration.
 # BREAK: the rank that raises an error at iteration 10.
@@ -186,7 +188,7 @@ class Runs:
         self.is_stopping = False
 
     def start(self) -> None:
-        (self.folder / "config.json").write_text(json.dumps(small_config()))
+        (self.folder / "config.json").write_text(json.dumps(CONFIG))
         disturbed = self.folder / "disturbed"
         disturbed.mkdir()
         (disturbed / "data.py").write_text(DISTURBED_DATA)
@@ -194,6 +196,9 @@ class Runs:
         (disturbed / "run.py").write_text(
             f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
         )
+        (self.folder / "hidden").mkdir()
+        hide = ("mount", "-t", "tmpfs", "tmpfs", self.folder / "hidden")
+        subprocess.run(self.cluster.command(hide, node=5), check=True)
         self.submit()
         for name, (argv, node) in PROGRAMS.items():
             self.processes[name] = self.cluster.start(name, *argv, node=node)
@@ -511,6 +516,38 @@ def test_a_requested_port_that_is_in_use(runs: Runs):
     assert message in runs.log("port")
 
 
+# What a job, an array task and the settings of some centers leave in the environment.
+enclosing = {
+    "SBATCH_ARRAY_INX": "0-1",
+    "SBATCH_EXPORT": "NONE",
+    "SBATCH_OUTPUT": "/nowhere",
+    "SLURM_ARRAY_TASK_ID": "1",
+    "SLURM_CPUS_PER_TASK": "3",
+    "SLURM_JOB_ID": "77",
+    "SLURM_MEM_PER_NODE": "1",
+    "SLURM_NTASKS": "5",
+    "SUBMITIT_EXECUTOR": "local",
+}
+submitted("enclosed", *TWO_TASKS, nodes="node4", environment=enclosing)
+
+
+def test_a_job_submitted_from_within_a_job(runs: Runs):
+    assert runs.wait("enclosed")["JobState"] == "COMPLETED", runs.log("enclosed")
+    assert len(runs.losses("enclosed")) == MAX_ITERS
+
+
+followed("hidden/all", *CPUS, nodes="node5")
+submitted("hidden/one", *TWO_NODES, nodes="node[4-5]")
+
+
+def test_a_work_dir_that_a_node_does_not_see(runs: Runs):
+    code, output = runs.output("hidden/all")
+    assert code > 0
+    assert re.search("error: there is no .*its node does not see that folder", output), output
+    assert runs.wait("hidden/one")["JobState"] == "FAILED"
+    assert re.search("error: node5 does not see .*hidden/one", runs.log("hidden/one"))
+
+
 submitted("nowhere", *CPUS, "--partition", "nowhere")
 submitted("greedy", "--gpus-per-node", 9, "--options", "data.batch_size=9")
 
@@ -659,6 +696,9 @@ def test_resources(requested: str, expected: tuple):
         ("--local --nodes 2", "--local uses this machine alone"),
         ("--local --dry-run", "--local uses this machine alone"),
         ("--partition", "expected one argument"),
+        ("--slurm array=0-3", "--slurm array=0-3 contradicts what this command sets: use one"),
+        ("--slurm ntasks-per-node=3", "use --tasks-per-node"),
+        ("--slurm output=log", "use --work-dir"),
         ("--partitoin dev", "unrecognized arguments: --partitoin dev"),
     ],
 )
@@ -673,6 +713,12 @@ def test_a_bad_request_is_an_error_before_anything_is_submitted(
     assert code == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_work_dir_in_which_slurm_replaces_characters(capfd: pytest.CaptureFixture):
+    """Its logs would be in another folder."""
+    assert launch_slurm.main(["--config", str(QUICKSTART), "--work-dir", "runs/%j"]) == 2
+    assert "runs/%j: Slurm replaces %" in capfd.readouterr().err
 
 
 def test_a_work_dir_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture):
