@@ -1936,6 +1936,7 @@ def unlabeled_batch(image: np.ndarray, scale: tuple[int, int] | None) -> Batch:
     return {
         "image": resample(image, size, (0, 0, *size))[None],
         "label": ignored.expand(1, *image.shape[:2]),  # takes no memory
+        "index": torch.zeros(1, dtype=torch.int64),
     }
 
 

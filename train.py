@@ -1401,21 +1401,31 @@ def not_finite_output(
     )
 
 
-def too_small(error: Exception, model: Segmentor, image: Tensor, data: Data) -> str | None:
-    """Why the network failed for a batch (N, C, h, w), if it takes larger images than these."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return None
-    size = list(image.shape[2:])
-    larger = [max(sides) for sides in zip(size, data.sampling["crop_size"])]
+@contextlib.contextmanager
+def small_images_named(
+    model: Segmentor, data: Data, batch: dict, name_of: Callable
+) -> Iterator[None]:
+    """Raises UserError instead of an error of the network if it takes larger images than these.
+
+    name_of: (index) -> the name of an image of the batch.
+    """
     try:
-        model(next(model.parameters()).new_zeros(1, image.size(1), *larger))
-    except Exception:
-        return None
-    return (
-        f"the network cannot take images of {size} pixels ([height, width], after "
-        f"evaluation.scale and times evaluation.ratios), but of {larger}: {error}. Set a larger "
-        "evaluation.scale, or leave these images out."
-    )
+        yield
+    except (torch.OutOfMemoryError, UserError, OSError):
+        raise
+    except Exception as error:
+        image = batch["image"]
+        larger = [max(sides) for sides in zip(image.shape[2:], data.sampling["crop_size"])]
+        try:
+            model(next(model.parameters()).new_zeros(1, image.size(1), *larger))
+        except Exception:
+            raise error from None
+        names = [name_of(i) for i in batch["index"].tolist()]
+        raise UserError(
+            f"{', '.join(names)}: the network cannot take images of {list(image.shape[2:])} pixels "
+            "([height, width], after evaluation.scale and times evaluation.ratios), but of "
+            f"{larger}: {error}. Set a larger evaluation.scale, or leave these images out."
+        ) from None
 
 
 def predict_batch(
@@ -1489,6 +1499,37 @@ def ramp(count: int, device: torch.device) -> Tensor:
     return (2 * position - 0.5).clamp(0, 1)
 
 
+def blend(
+    rows: list[Tile], columns: list[Tile], logits_of: Callable
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields rows, columns and blended logits of parts that make up the whole output.
+
+    logits_of: (row, column) -> the logits (N, classes, h, w) of a tile. Of these, only what further
+        tiles add to is kept.
+    """
+    below = []  # for each column, what the row above adds to this row
+    for row in rows:
+        next_below = []
+        right = None  # what the tile to the left adds to this one
+        for index, column in enumerate(columns):
+            logits = logits_of(row, column) * row.weight[:, None] * column.weight
+            if right is not None:
+                logits[:, :, :, : right.size(3)] += right
+            width = column.next_first - column.first
+            right = logits[:, :, :, width:].clone()
+            logits = logits[:, :, :, :width]
+            if below:
+                logits[:, :, : below[index].size(2)] += below[index]
+            height = row.next_first - row.first
+            next_below.append(logits[:, :, height:].clone())
+            yield (
+                slice(row.first, row.next_first),
+                slice(column.first, column.next_first),
+                logits[:, :, :height],
+            )
+        below = next_below
+
+
 def predict_in_tiles(
     model: Segmentor,
     data: Data,
@@ -1497,61 +1538,31 @@ def predict_in_tiles(
     settings: Evaluation,
     augment: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `predict_batch`, in overlapping tiles, whose logits are blended where they overlap.
-
-    Of the logits, only those to which further tiles will add are kept.
-    """
+    """As `predict_batch`, in overlapping tiles, whose logits are blended where they overlap."""
     image = batch["image"]  # (N, C, h, w), on the host
     label = batch["label"]  # (N, H, W)
     dtype = next(model.parameters()).dtype
     side = max(64, math.isqrt(settings.max_pixels) // 128 * 64)
+
+    def logits_of(row: Tile, column: Tile) -> Tensor:
+        tile = {
+            "image": image[:, :, row.start : row.stop, column.start : column.stop],
+            "label": label[:, row.first : row.last, column.first : column.last],
+        }
+        pixels, _ = data.prepare(tile, device)
+        size = tile["label"].shape[1:]
+        logits = predict_logits(model, pixels.to(dtype), size, settings, augment)
+        return upsample(logits.float(), size, model.align_corners)
+
+    tile_rows = tiles_along(image.size(2), label.size(1), side, device)
+    tile_columns = tiles_along(image.size(3), label.size(2), side, device)
     classes = torch.empty(label.shape, dtype=torch.uint8, device=device)
     loss = 0.0
-    below = None  # (N, classes, rows, W): what the row of tiles above adds to the next one
-    columns = tiles_along(image.size(3), label.size(2), side, device)
-    for row in tiles_along(image.size(2), label.size(1), side, device):
-        right = None  # (N, classes, rows of a tile, columns): what a tile adds to the next one
-        next_below = None
-        for column in columns:
-            tile = {
-                "image": image[:, :, row.start : row.stop, column.start : column.stop],
-                "label": label[:, row.first : row.last, column.first : column.last],
-            }
-            pixels, _ = data.prepare(tile, device)
-            size = tile["label"].shape[1:]
-            logits = predict_logits(model, pixels.to(dtype), size, settings, augment)
-            logits = upsample(logits.float(), size, model.align_corners)
-            logits = logits * row.weight[:, None] * column.weight
-
-            if right is not None:
-                logits[:, :, :, : right.size(3)] += right
-            width = column.next_first - column.first
-            right = logits[:, :, :, width:].clone()
-            logits = logits[:, :, :, :width]
-
-            if below is not None:
-                above = below[:, :, :, column.first : column.next_first]
-                logits[:, :, : above.size(2)] += above
-            height = row.next_first - row.first
-            if next_below is None:
-                shape = (*logits.shape[:2], row.last - row.next_first, label.size(2))
-                next_below = logits.new_empty(shape)
-            next_below[:, :, :, column.first : column.next_first] = logits[:, :, height:]
-
-            place = (
-                slice(None),
-                slice(row.first, row.next_first),
-                slice(column.first, column.next_first),
-            )
-            classes[place], loss_sum = classify(
-                logits[:, :, :height],
-                label[place].to(device),
-                model.align_corners,
-                model.threshold,
-                max_pixels=settings.max_pixels,
-            )
-            loss = loss + loss_sum
-        below = next_below
+    for rows, columns, logits in blend(tile_rows, tile_columns, logits_of):
+        classes[:, rows, columns], loss_sum = classify(
+            logits, label[:, rows, columns].to(device), model.align_corners, model.threshold
+        )
+        loss = loss + loss_sum
     return classes, loss
 
 
@@ -1597,14 +1608,8 @@ def evaluate(
                 break
             label = batch["label"].to(device, non_blocking=True)
             batch["label"] = label
-            try:
+            with small_images_named(model, data, batch, data.val.name):
                 prediction, loss_sum = predict_batch(model, data, batch, device, settings, augment)
-            except Exception as error:
-                reason = too_small(error, model, batch["image"], data)
-                if reason is None:
-                    raise
-                names = [data.val.name(i) for i in batch["index"].tolist()]
-                raise UserError(f"{', '.join(names)}: {reason}") from None
             loss += loss_sum
             index_losses.append((batch["index"].clone(), loss_sum))
             cell = label.long() * num_classes + prediction
@@ -1678,27 +1683,29 @@ class Predictor:
         return self.predict_batch(unlabeled_batch(pixels, self.settings.scale))
 
     @torch.inference_mode()
-    def predict_batch(self, batch: dict) -> np.ndarray:
-        """The classes of a batch of one image: (H, W) uint8."""
-        with evaluation_mode(self.model), self.autocast():
-            while True:
-                try:
+    def predict_batch(self, batch: dict, name: str = "the image") -> np.ndarray:
+        """The classes of a batch of one image: (H, W) uint8. Error messages call it `name`."""
+        while True:
+            try:
+                with (
+                    evaluation_mode(self.model),
+                    self.autocast(),
+                    small_images_named(self.model, self.data, batch, lambda index: name),
+                ):
                     classes, loss = predict_batch(
                         self.model, self.data, batch, self.device, self.settings, self.augment
                     )
-                    if (
-                        not loss.isfinite()
-                    ):  # 0 for an unlabeled image, unless a logit is not finite
-                        raise UserError("the network's output for this image is not finite")
-                    return classes[0].byte().cpu().numpy()
-                except torch.OutOfMemoryError:
-                    # Tiles have about a quarter of max_pixels.
-                    pixels = batch["image"][0, 0].numel()
-                    max_pixels = min(self.settings.max_pixels, pixels) // 4
-                    if max_pixels < 256**2:
-                        raise
-                    self.settings = replace(self.settings, max_pixels=max_pixels)
-                    tqdm.write(f"GPU memory is too small: evaluation.max_pixels={max_pixels}")
+                break
+            except torch.OutOfMemoryError:
+                # Tiles have about a quarter of max_pixels.
+                max_pixels = min(self.settings.max_pixels, batch["image"][0, 0].numel()) // 4
+                if max_pixels < 256**2:
+                    raise
+                self.settings = replace(self.settings, max_pixels=max_pixels)
+                tqdm.write(f"GPU memory is too small: evaluation.max_pixels={max_pixels} from now")
+        if not loss.isfinite():  # it is 0 without labels, unless a logit is not finite
+            raise UserError(f"{name}: the network's output is not finite")
+        return classes[0].byte().cpu().numpy()
 
 
 def load_predictor(checkpoint: str | Path, device: str | torch.device | None = None) -> Predictor:
@@ -1787,16 +1794,11 @@ def predict_file(
     if isinstance(batch, DataError):
         raise batch
     try:
-        classes = predict.predict_batch(batch)
+        classes = predict.predict_batch(batch, path)
         write_prediction(show_dir, name, batch["image"][0], classes, predict)
-        return classes.size
-    except (UserError, OSError) as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:
-        reason = too_small(error, predict.model, batch["image"], predict.data)
-        if reason is None:
-            raise
-        raise UserError(f"{path}: {reason}") from None
+    except OSError as error:
+        raise UserError(f"{path} could not be written below {show_dir}: {error}") from None
+    return classes.size
 
 
 def output_paths(show_dir: Path, name: str) -> tuple[Path, Path]:
