@@ -674,8 +674,6 @@ def learning_rate(
     During a "linear" warm-up this is multiplied by 1 - (1 - iteration / warmup_iters)
     (1 - warmup_ratio), as in mmcv 1.x.
     """
-    policies = ("poly", "cosine", "step")
-    require(policy in policies, "schedule.policy", policy, ", ".join(policies))
     require(warmup in (None, "linear"), "schedule.warmup", warmup, 'null or "linear"')
     require(max_iters >= 1, "schedule.max_iters", max_iters, "at least 1")
     require(warmup_iters >= 0, "schedule.warmup_iters", warmup_iters, "0 or more")
@@ -688,8 +686,10 @@ def learning_rate(
         lr = max(min_lr, base_lr * gamma**reached)
     elif policy == "cosine":
         lr = (base_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2 + min_lr
-    else:
+    elif policy == "poly":
         lr = (base_lr - min_lr) * (1 - progress) ** power + min_lr
+    else:
+        raise ConfigError(f"schedule.policy is {policy!r}; expected poly, cosine or step")
     if warmup and iteration < warmup_iters:
         lr *= 1 - (1 - iteration / warmup_iters) * (1 - warmup_ratio)
     return lr
@@ -2268,10 +2268,12 @@ def validate(
     if metrics is None:
         return None
     seconds = time.perf_counter() - began
-    means = [f"{name} {100 * metrics[name]:.2f}" for name in ("mIoU", "mAcc", "aAcc", "mDice")]
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    loss = numbers.pop("loss")
+    means = [f"{name} {100 * value:.2f}" for name, value in numbers.items()]
     run_dir.log(
         f"validation at iteration {state.iteration}: {len(data.val)} images in {seconds:.1f} s\n"
-        f"{table(metrics, data.classes)}\n{', '.join(means)}, loss {metrics['loss']:.4f}"
+        f"{table(metrics, data.classes)}\n{', '.join(means)}, loss {loss:.4f}"
     )
     run_dir.metrics(mode, state.iteration, metrics)
     if state.best and metrics["mIoU"] <= state.best["mIoU"]:

@@ -1,8 +1,10 @@
 """A user's own parts: plain modules work as they are, and their bugs show as plain tracebacks."""
 
 import itertools
+import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -528,3 +530,97 @@ print("torchvision" in sys.modules)
     command = [sys.executable, "-c", script, write_config(tiny, tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"
+
+
+# ------------------------------------------------------------------------ The README's recipes
+
+README = (ROOT / "README.md").read_text()
+RECIPES = README.split("## Hack it")[1].split("\n## ")[0]
+RECIPE = r"\*\*(.+?)\*\*, (.+?):?\n```python\n(.*?)```\n(?:Config: (.*?)\n\n)?"
+
+
+def recipes() -> dict[str, tuple[str, str, list[str]]]:
+    """Name -> the place of the edit, the code, and the options that use it."""
+    found = {}
+    for name, place, code, config in re.findall(RECIPE, RECIPES + "\n\n", re.DOTALL):
+        options = re.findall(r"`([^`]*)`", config)
+        found[name] = (place, code, shlex.split(" ".join(options)))
+    return found
+
+
+def carry_out(recipe: tuple[str, str, list[str]], folder: Path) -> list[str]:
+    """Edits the modules in `folder` as the recipe says. Returns its options."""
+    place, code, options = recipe
+    path = folder / re.search(r"`(\w+\.py)`", place)[1]
+    text = path.read_text()
+    within = re.fullmatch(r"in `(\w+)` of `\w+\.py`, before `(.+)`", place)
+    if within is None:
+        assert place == f"at the end of `{path.name}`"
+        path.write_text(f"{text}\n\n{code}")
+        return options
+    head, body = text.split(f"\ndef {within[1]}(")
+    before, after = body.split(f"    {within[2]}\n", 1)
+    path.write_text(f"{head}\ndef {within[1]}({before}{code}    {within[2]}\n{after}")
+    return options
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> dict:
+    """The README's config, on files in the layouts that it and the recipe of a data set name."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / "code/data/mine" / kind / split).mkdir(parents=True)
+        (tmp_path / "code/data/npz" / split).mkdir(parents=True)
+        for i in range(4):
+            image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+            label = rng.integers(0, 3, (64, 64), np.uint8)
+            folder = tmp_path / "code/data/mine"
+            Image.fromarray(image).save(folder / "images" / split / f"{i}.png")
+            Image.fromarray(label).save(folder / "labels" / split / f"{i}.png")
+            np.savez(tmp_path / "code/data/npz" / split / f"{i}.npz", image=image, label=label)
+    (text,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    return json.loads(text)
+
+
+SMALL = [
+    "schedule.max_iters=2",
+    "log.interval=1",
+    "data.batch_size=2",
+    "data.crop_size=[64, 64]",
+    "data.workers=0",
+    "evaluation.scale=[64, 64]",
+]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["Backbone", "Loss", "Augmentation", "Schedule", "Metric"], ["Head", "Data set"]],
+    ids=["first", "second"],
+)
+def test_recipes(code, mine, names):
+    """Each recipe is carried out by the README's own text, and two iterations are trained."""
+    options = []
+    for name in names:
+        options += carry_out(recipes()[name], code)
+    output = run_code(code, mine, "--options", *options, *SMALL)
+    mine["work_dir"] = str(code / mine["work_dir"])
+    lines = metrics(mine)
+    scores = metrics(mine, "val")[-1]
+    summary = output.splitlines()[0]
+    assert [line["iteration"] for line in lines] == [1, 2]
+    if "Head" in names:
+        assert "ResNet, MyHead" in summary
+        assert "decode.loss_ce" in lines[0]
+        return
+    assert "MyBackbone, PSPHead" in summary
+    assert "decode.loss_myloss" in lines[0]
+    assert lines[1]["lr"] == pytest.approx(0.01 * 0.01**0.5)
+    assert 0 < scores["FWIoU"] < 1
+    assert f"FWIoU {100 * scores['FWIoU']:.2f}" in output
+
+
+def test_every_recipe_is_tested():
+    expected = ["Backbone", "Head", "Loss", "Data set", "Augmentation", "Schedule", "Metric"]
+    assert list(recipes()) == expected
+    assert RECIPES.count("```python") == len(expected)

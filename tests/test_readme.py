@@ -193,52 +193,6 @@ def test_every_key_of_the_config_is_explained():
         assert f"`{key}`" in explained, key
 
 
-def test_recipe_of_a_head(monkeypatch):
-    """The code that the README puts at the end of models.py makes a head that trains."""
-    monkeypatch.setattr(models, "HEADS", dict(models.HEADS))
-    (code,) = code_blocks(README.split("## Hack it")[1], "python")
-    exec(code, dict(vars(models)))
-    head = {
-        "type": "MyHead",
-        "dilation": 2,
-        "in_channels": 512,
-        "channels": 8,
-        "num_classes": 3,
-    }
-    backbone = {"type": "ResNet", "depth": 18}
-    model = models.build_model({"backbone": backbone, "decode_head": head})
-    image = torch.randn(2, 3, 64, 64)
-    label = torch.zeros(2, 64, 64, dtype=torch.uint8)
-    losses = model(image, label)
-    sum(losses.values()).backward()
-    gradient = model.decode_head.conv.conv.weight.grad
-    assert gradient.abs().sum() > 0
-
-
-@pytest.mark.parametrize(
-    "place,name",
-    [
-        (models, "Backbone"),
-        (models, "BACKBONES"),
-        (models, "Loss"),
-        (models, "LOSSES"),
-        (models.Loss, "loss_sum"),
-        (models.Loss, "normalizer"),
-        (data, "Folder"),
-        (data, "Synthetic"),
-        (data, "DATASETS"),
-        (data, "TrainSamples"),
-        (data.TrainSamples, "sample"),
-        (data, "photometric_distortion"),
-        (train, "learning_rate"),
-    ],
-)
-def test_recipes_name_what_exists(place: object, name: str):
-    recipes = README.split("## Hack it")[1].split("## Slurm")[0]
-    assert name in recipes
-    assert hasattr(place, name)
-
-
 # --------------------------------------------------------------------------------------- The zoo
 
 
