@@ -2339,6 +2339,10 @@ class Data:
             for index, batch in zip(indices, batches):
                 yield paths[index], batch
 
+    def val_samples(self, indices: list[int], scale: tuple[int, int] | None = None) -> Batches:
+        """Batches of one image each, see val_batches()."""
+        return Batches(ValSamples(self.val, scale), [[i] for i in indices], workers=0)
+
     def prepare(self, batch: Batch, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Move a host batch to `device`, distort its colors if it is for training, normalize it.
 

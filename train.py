@@ -1010,6 +1010,8 @@ class RunDir:
 
             purge_step = None if eval_only else state.iteration
             self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
+            text = json.dumps(complete(asdict(config)), indent=1)
+            self.board.add_text("config", textwrap.indent(text, "    "), state.iteration)
 
     def take_over(self, config: Config, state: TrainState) -> None:
         """Brings the folder back to what it was at the state's iteration."""
@@ -1101,6 +1103,33 @@ class RunDir:
                     with contextlib.suppress(OSError):
                         self.board.add_scalar(f"{mode}/{name}", value, iteration)
 
+    def draw(self, iteration: int, metrics: dict, classes: Sequence[str], preview: Path) -> None:
+        """Draws a validation for TensorBoard and, where matplotlib is installed, as pictures.
+
+        A failure costs a picture, not the run.
+        """
+        if not self.logs:
+            return
+        try:
+            if self.board:
+                for name, value in zip(classes, metrics["IoU"]):
+                    if value is not None:
+                        self.board.add_scalar(f"val_IoU/{name}", value, iteration)
+                if preview.exists():
+                    picture = np.asarray(Image.open(preview))
+                    self.board.add_image("preview", picture, iteration, dataformats="HWC")
+            figures = {
+                "curves.png": curves_figure(read_metrics(self.path / "metrics.jsonl")),
+                "confusion.png": confusion_figure(metrics["confusion"], classes),
+            }
+            for name, figure in figures.items():
+                save = functools.partial(figure.savefig, format="png")
+                atomic_write(self.path / name, save)
+        except ImportError:
+            return
+        except Exception as error:  # of whatever kind another package may raise
+            self.log(f"no pictures of this validation: {type(error).__name__}: {error}")
+
     def append(self, name: str, text: str) -> None:
         try:
             self.logs[name].write(text)
@@ -1134,6 +1163,70 @@ class RunDir:
                 error = error.__context__
             self.save_error = f"checkpoint {first} could not be written: {error}"
             self.log(f"{self.save_error}; the earlier ones stand, the run goes on to the next")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without confusion matrices, which are long."""
+    records = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a full disk cut off
+            records.append(json.loads(re.sub(r', "confusion": \[\[[^{}]*\]\]', "", line)))
+    return records
+
+
+def curves_figure(records: list[dict]):
+    """A matplotlib figure of the losses, the learning rate and the mIoU. Raises ImportError."""
+    from matplotlib.figure import Figure  # without pyplot, which keeps state and may need a display
+
+    train = [record for record in records if record["mode"] == "train"]
+    val = [record for record in records if record["mode"] == "val"]
+    figure = Figure(figsize=(15, 4))
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.12, wspace=0.15)
+    loss_axes, lr_axes, score_axes = figure.subplots(1, 3)
+    iterations = [record["iteration"] for record in train]
+    names = [name for name in train[-1] if "loss" in name] if train else []
+    for name in names:
+        values = [record.get(name, math.nan) for record in train]
+        loss_axes.plot(iterations, values, label=name, linewidth=2 if name == "loss" else 1)
+    lr_axes.plot(iterations, [record["lr"] for record in train])
+    iterations = [record["iteration"] for record in val]
+    loss_axes.plot(iterations, [record["loss"] for record in val], "o-", label="validation loss")
+    for name in ("mIoU", "mAcc", "aAcc"):
+        score_axes.plot(iterations, [100 * record[name] for record in val], "o-", label=name)
+    loss_axes.legend()
+    score_axes.legend()
+    titles = ("loss", "learning rate", "validation, percent")
+    for axes, title in zip((loss_axes, lr_axes, score_axes), titles):
+        axes.set_title(title)
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def confusion_figure(confusion: list[list[int]], classes: Sequence[str]):
+    """A matplotlib figure of a confusion matrix in percent of the true class's pixels."""
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(confusion, float)
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
+    count = len(classes)
+    side = min(12.0, 4 + 0.3 * count)
+    figure = Figure(figsize=(side, side))
+    figure.subplots_adjust(left=2 / side, right=1 - 0.2 / side, bottom=2 / side, top=0.95)
+    axes = figure.subplots()
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.set_title("percent of the true class")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if count <= 40:  # the numbers of more classes suffice, as names take a second to draw
+        names = [name[:20] for name in classes]
+        axes.set_xticks(range(count), names, rotation=90)
+        axes.set_yticks(range(count), names)
+    if count <= 20:
+        for i, j in itertools.product(range(count), repeat=2):
+            color = "white" if percent[i, j] > 50 else "black"
+            axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", color=color)
+    return figure
 
 
 def describe_run() -> dict:
@@ -1261,6 +1354,15 @@ def classify_upsampled(
     return best_class, loss.sum(dtype=torch.float64)
 
 
+def mean_iou(confusion: Tensor) -> Tensor:
+    """The mean IoU (N) of confusion matrices (N, classes^2); 1 where every pixel is ignored."""
+    classes = math.isqrt(confusion.size(1))
+    matrix = confusion.view(-1, classes, classes).double()
+    correct = matrix.diagonal(dim1=1, dim2=2)  # (N, classes)
+    iou = correct / (matrix.sum(1) + matrix.sum(2) - correct)
+    return iou.nanmean(1).nan_to_num(1.0)
+
+
 def compute_metrics(confusion: Tensor) -> dict:
     """MMSegmentation's metrics of a confusion matrix (true classes, predicted classes).
 
@@ -1322,15 +1424,72 @@ def as_rgb(image: Tensor) -> Image.Image:
     return Image.fromarray(image.byte().permute(1, 2, 0).cpu().numpy())
 
 
+def blend(image: Image.Image, label: Image.Image, palette: Sequence) -> Image.Image:
+    """The image under the colors of its classes. Ignored pixels are striped: a class may be black.
+
+    label: of any size, in mode L or P.
+    """
+    colors = np.zeros((256, 3))
+    colors[: len(palette)] = palette
+    classes = np.asarray(label.resize(image.size, Image.Resampling.NEAREST))
+    mixed = 0.4 * np.asarray(image) + 0.6 * colors[classes]  # (h, w, 3)
+    stripes = np.indices(classes.shape).sum(0) // 4 % 2
+    mixed[(classes == IGNORE) & (stripes == 0)] = 255
+    mixed[(classes == IGNORE) & (stripes == 1)] = 64
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def with_legend(picture: Image.Image, names: Sequence[str], colors: Sequence) -> Image.Image:
+    """The picture with a legend below it."""
+    line = 16  # pixels
+    draw = ImageDraw.Draw(picture)
+    width = 24 + max(math.ceil(draw.textlength(name)) for name in names)
+    columns = max(1, picture.width // width)
+    height = picture.height + line * math.ceil(len(names) / columns)
+    sheet = Image.new("RGB", (max(picture.width, width), height), "white")
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, color) in enumerate(zip(names, colors)):
+        x = width * (number % columns)
+        y = picture.height + line * (number // columns)
+        draw.rectangle((x + 3, y + 3, x + 14, y + 13), fill=tuple(color), outline="black")
+        draw.text((x + 18, y + 2), name, fill="black")
+    return sheet
+
+
+def preview_row(title: str, image: Tensor, maps: dict[str, Tensor], palette: Sequence):
+    """The image (C, h, w) and maps of classes (H, W) blended with it, each below its caption."""
+    height, width = next(iter(maps.values())).shape
+    factor = min(480 / max(height, width), max(1, 240 / max(height, width)))
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    picture = as_rgb(image).resize(size)
+    tiles = {title: picture}
+    for caption, classes in maps.items():
+        label = Image.fromarray(classes.byte().cpu().numpy())
+        tiles[caption] = blend(picture, label, palette)
+    caption_height = 16
+    row = Image.new("RGB", (3 * size[0], size[1] + caption_height), "white")
+    draw = ImageDraw.Draw(row)
+    for number, (caption, tile) in enumerate(tiles.items()):
+        x = number * size[0]
+        while caption and draw.textlength(caption) > size[0] - 4:
+            caption = caption[:-1]
+        draw.text((x + 2, 2), caption, fill="black")
+        row.paste(tile, (x, caption_height))
+    return row
+
+
 def write_preview(
-    path: Path, image: Tensor, label: Tensor, prediction: Tensor, palette: Sequence
+    path: Path, rows: list[Image.Image], classes: Sequence[str], palette: Sequence
 ) -> None:
-    """Writes a PNG of the image (C, h, w), the label and the prediction (H, W) side by side."""
-    height, width = label.shape
-    sheet = Image.new("RGB", (3 * width, height))
-    sheet.paste(as_rgb(image).resize((width, height)), (0, 0))
-    sheet.paste(palette_image(label, palette).convert("RGB"), (width, 0))
-    sheet.paste(palette_image(prediction, palette).convert("RGB"), (2 * width, 0))
+    """Writes the rows and a legend as a PNG."""
+    width = max(row.width for row in rows)
+    sheet = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
+    y = 0
+    for row in rows:
+        sheet.paste(row, (0, y))
+        y += row.height
+    sheet = with_legend(sheet, classes, palette)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: sheet.save(file, "png"))
@@ -1566,6 +1725,37 @@ def predict_in_tiles(
     return classes, loss
 
 
+def draw_preview(
+    path: Path,
+    image_iou: list[float],
+    model: Segmentor,
+    data: Data,
+    device: torch.device,
+    settings: Evaluation,
+) -> None:
+    """Draws two images that are always the same, to see progress, and the two with the lowest IoU.
+
+    One process predicts them again. So no pictures are sent between processes, and the preview does
+    not depend on their number.
+    """
+    fixed = [0, len(image_iou) // 2]
+    others = [i for i in range(len(image_iou)) if i not in fixed]
+    worst = sorted(others, key=image_iou.__getitem__)[:2]
+    indices = list(dict.fromkeys(fixed + worst))
+    rows = []
+    for batch in data.val_samples(indices, settings.scale):
+        index = batch["index"].item()
+        prediction, _ = predict_batch(model, data, batch, device, settings)
+        kind = "lowest IoU" if index in worst else "fixed"
+        title = f"{kind}: {Path(data.val.name(index)).name}"
+        maps = {
+            "truth (striped: ignored)": batch["label"][0],
+            f"prediction, mIoU {100 * image_iou[index]:.1f}": prediction[0],
+        }
+        rows.append(preview_row(title, batch["image"][0], maps, data.palette))
+    write_preview(path, rows, data.classes, data.palette)
+
+
 @torch.inference_mode()
 def evaluate(
     model: Segmentor,
@@ -1585,7 +1775,7 @@ def evaluate(
     pixels, and `confusion`; None if `interrupted()` is true on any process.
 
     augment: average over several scales and mirror images.
-    preview: where to write a PNG of the first image.
+    preview: where to write a PNG of two fixed images and the two with the lowest IoU.
     show_dir: where to write a PNG of each prediction.
     """
     num_classes = len(data.classes)
@@ -1594,6 +1784,7 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     is_interrupted = torch.zeros((), device=device)
     index_losses = []  # the images' numbers (n) and the loss () of each batch
+    image_ious = []  # the images' numbers (n) and their mean IoU (n)
     batches = data.val_batches(
         dist_utils.rank(),
         dist_utils.world_size(),
@@ -1613,11 +1804,11 @@ def evaluate(
             loss += loss_sum
             index_losses.append((batch["index"].clone(), loss_sum))
             cell = label.long() * num_classes + prediction
-            cell = torch.where(label == IGNORE, num_classes * num_classes, cell).flatten()
-            confusion.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would sync the GPU
-            if preview and dist_utils.rank() == 0:
-                write_preview(preview, batch["image"][0], label[0], prediction[0], data.palette)
-                preview = None
+            cell = torch.where(label == IGNORE, num_classes * num_classes, cell).flatten(1)
+            counts = confusion.new_zeros(len(label), len(confusion))
+            counts.scatter_add_(1, cell, torch.ones_like(cell))  # bincount would sync the GPU
+            confusion += counts.sum(0)
+            image_ious.append((batch["index"].clone(), mean_iou(counts[:, :-1])))
             if show_dir:
                 write_predictions(show_dir, batch, prediction, data)
     if dist_utils.all_reduce(is_interrupted):
@@ -1626,6 +1817,14 @@ def evaluate(
     dist_utils.all_reduce(loss)
     if not loss.isfinite():
         raise not_finite_output(index_losses, data, device)
+    if preview:
+        found = torch.zeros(len(data.val), dtype=torch.float64, device=device)
+        for index, iou in image_ious:
+            found[index.to(device)] = iou
+        found = dist_utils.all_reduce(found).tolist()
+        if dist_utils.rank() == 0:
+            with evaluation_mode(model), autocast():
+                draw_preview(preview, found, model, data, device, settings)
     confusion = confusion[:-1].view(num_classes, num_classes)
     metrics = compute_metrics(confusion)
     metrics["loss"] = (loss / confusion.sum().clamp(min=1)).item()
@@ -1832,22 +2031,9 @@ def overlay(
         as_rgb(image).resize(size), label.resize(size, Image.Resampling.NEAREST).convert("RGB"), 0.5
     )
     shares = np.array(label.histogram()) / (label.width * label.height)
-    entries = []
-    for index in np.flatnonzero(shares[: len(classes)]):
-        entries.append((f"{classes[index]} {100 * shares[index]:.1f} %", tuple(palette[index])))
-    line = 16  # pixels
-    width = 24 + max(round(ImageDraw.ImageDraw(picture).textlength(text)) for text, _ in entries)
-    columns = max(1, size[0] // width)
-    rows = math.ceil(len(entries) / columns)
-    sheet = Image.new("RGB", (max(size[0], width), size[1] + line * rows), "white")
-    sheet.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(sheet)
-    for number, (text, color) in enumerate(entries):
-        x = width * (number % columns)
-        y = size[1] + line * (number // columns)
-        draw.rectangle((x + 3, y + 3, x + 14, y + 13), fill=color, outline="black")
-        draw.text((x + 18, y + 2), text, fill="black")
-    return sheet
+    found = np.flatnonzero(shares[: len(classes)])
+    names = [f"{classes[index]} {100 * shares[index]:.1f} %" for index in found]
+    return with_legend(picture, names, [palette[index] for index in found])
 
 
 class ExportedNetwork(nn.Module):
@@ -2276,6 +2462,8 @@ def validate(
         f"{table(metrics, data.classes)}\n{', '.join(means)}, loss {loss:.4f}"
     )
     run_dir.metrics(mode, state.iteration, metrics)
+    if preview:
+        run_dir.draw(state.iteration, metrics, data.classes, preview)
     if state.best and metrics["mIoU"] <= state.best["mIoU"]:
         state.validations_since_best += 1
         return False

@@ -379,6 +379,10 @@ def test_patience_ends_the_run_and_survives_a_resume(tiny, run):
     run(resumed, "--resume-from", "auto", "--options", *more)
     assert iterations(resumed) == [3, 4, 5, 6]
     assert checkpoint(resumed)["iteration"] == 6  # where no checkpoint was due
+    # The weights are still the same, and so is the picture, on one process and on two.
+    pictures = [(tiny, 1), (tiny, 4), (resumed, 6)]
+    paths = [Path(config["work_dir"]) / f"preview/iter_{i}.png" for config, i in pictures]
+    assert len({path.read_bytes() for path in paths}) == 1
 
 
 def test_lines_of_the_log_are_short():
@@ -595,7 +599,8 @@ def test_files_of_a_run(tiny, run):
         assert part in log
     assert max(len(line) for line in log.splitlines() if str(folder) not in line) < 120
     preview = Image.open(folder / "preview" / "iter_6.png")
-    assert preview.width % 3 == 0
+    assert preview.width == 3 * 240
+    assert preview.height > 4 * 240
 
     (result,) = metrics(tiny, "val")
     confusion = torch.tensor(result["confusion"]).double()
@@ -603,6 +608,68 @@ def test_files_of_a_run(tiny, run):
     iou = hit / (confusion.sum(0) + confusion.sum(1) - hit)
     assert result["mIoU"] == pytest.approx(iou.nanmean().item())
     assert result["loss"] > 0
+
+
+def test_preview_tells_black_classes_from_ignored_pixels():
+    label = np.zeros((20, 30), np.uint8)
+    label[:, 15:] = 255
+    image = Image.new("RGB", (60, 40), (200, 100, 50))
+    mixed = np.asarray(train.blend(image, Image.fromarray(label), [[0, 0, 0], [255, 0, 0]]))
+    assert mixed.shape == (40, 60, 3)
+    assert (mixed[:, :28] == (80, 40, 20)).all()
+    assert set(np.unique(mixed[:, 32:])) == {64, 255}
+
+
+@pytest.mark.parametrize("size", [(4000, 1000), (30, 20), (1, 700)])
+def test_preview_is_bounded(size, tmp_path):
+    width, height = size
+    label = torch.zeros(height, width, dtype=torch.uint8)
+    image = torch.rand(4, max(1, height // 2), max(1, width // 2))
+    row = train.preview_row("a name " * 99, image, {"truth": label, "prediction": label}, [[0] * 3])
+    assert row.width <= 1440
+    assert row.height <= 496
+    names = [f"class number {i}" for i in range(171)]
+    train.write_preview(tmp_path / "a/b.png", [row] * 4, names, [[1, 2, 3]] * 171)
+    assert Image.open(tmp_path / "a/b.png").width >= row.width
+
+
+def test_mean_iou_of_each_image():
+    confusion = torch.tensor([[3, 1, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]])
+    assert train.mean_iou(confusion).tolist() == [(3 / 4 + 0) / 2, 1.0, 1.0]
+
+
+@pytest.mark.optional("matplotlib", "tensorboard")
+def test_pictures_of_validations(finished, run, tmp_path):
+    """A resumed run draws the whole course; what cannot be drawn costs a picture."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = Path(finished["work_dir"])
+    options = ("schedule.max_iters=8", "evaluation.interval=1")
+    (folder / "confusion.png").unlink()  # the first run drew it
+    (folder / "confusion.png").mkdir()
+    output = run(finished, "--resume-from", "auto", "--options", *options).output()
+    assert "no pictures of this validation: IsADirectoryError" in output
+    picture = Image.open(folder / "curves.png")
+    assert picture.size == (1500, 400)
+    figure = train.curves_figure(train.read_metrics(folder / "metrics.jsonl"))
+    losses, lr, scores = figure.axes
+    assert [line.get_label() for line in losses.lines] == [
+        "decode.loss_ce",
+        "aux.loss_ce",
+        "loss",
+        "validation loss",
+    ]
+    assert list(lr.lines[0].get_xdata()) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert list(scores.lines[0].get_xdata()) == [6, 7, 8]
+
+    (folder / "confusion.png").rmdir()
+    (result,) = metrics(finished, "val")[-1:]
+    train.confusion_figure(result["confusion"], ["name"] * 8).savefig(tmp_path / "confusion.png")
+    assert Image.open(tmp_path / "confusion.png").size == (640, 640)
+    events = EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
+    assert [event.step for event in events.Images("preview")] == [7, 8]
+    assert [event.step for event in events.Scalars("val_IoU/ground")] == [7, 8]
+    assert any("config" in tag for tag in events.Tags()["tensors"])
 
 
 # -------------------------------------------------------------------------- Optimizer and schedule
