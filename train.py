@@ -1424,7 +1424,7 @@ def as_rgb(image: Tensor) -> Image.Image:
     return Image.fromarray(image.byte().permute(1, 2, 0).cpu().numpy())
 
 
-def blend(image: Image.Image, label: Image.Image, palette: Sequence) -> Image.Image:
+def paint(image: Image.Image, label: Image.Image, palette: Sequence) -> Image.Image:
     """The image under the colors of its classes. Ignored pixels are striped: a class may be black.
 
     label: of any size, in mode L or P.
@@ -1466,7 +1466,7 @@ def preview_row(title: str, image: Tensor, maps: dict[str, Tensor], palette: Seq
     tiles = {title: picture}
     for caption, classes in maps.items():
         label = Image.fromarray(classes.byte().cpu().numpy())
-        tiles[caption] = blend(picture, label, palette)
+        tiles[caption] = paint(picture, label, palette)
     caption_height = 16
     row = Image.new("RGB", (3 * size[0], size[1] + caption_height), "white")
     draw = ImageDraw.Draw(row)

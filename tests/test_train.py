@@ -614,7 +614,7 @@ def test_preview_tells_black_classes_from_ignored_pixels():
     label = np.zeros((20, 30), np.uint8)
     label[:, 15:] = 255
     image = Image.new("RGB", (60, 40), (200, 100, 50))
-    mixed = np.asarray(train.blend(image, Image.fromarray(label), [[0, 0, 0], [255, 0, 0]]))
+    mixed = np.asarray(train.paint(image, Image.fromarray(label), [[0, 0, 0], [255, 0, 0]]))
     assert mixed.shape == (40, 60, 3)
     assert (mixed[:, :28] == (80, 40, 20)).all()
     assert set(np.unique(mixed[:, 32:])) == {64, 255}
