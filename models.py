@@ -4018,14 +4018,15 @@ def suggest(name: str, right: list[str]) -> str:
 def no_such_type(name: str, kind: str, right: list[str]) -> str:
     """What to say of a type that does not exist; kind: "backbones", "heads" and so on.
 
-    Only a misspelling is corrected: UNet is no HRNet, and MobileNetV3 no MobileNetV2.
+    Only a misspelling and a beginning are corrected: UNet is no HRNet, MobileNetV3 no MobileNetV2.
     """
     numbers = re.findall(r"\d+", name)
     limit = 1 if len(name) < 8 else 2
     close = {}
     for other in right:
         distance = edit_distance(name.lower(), other.lower())
-        if distance <= limit and re.findall(r"\d+", other) == numbers:
+        is_beginning = len(name) > 3 and other.lower().startswith(name.lower())
+        if (distance <= limit or is_beginning) and re.findall(r"\d+", other) == numbers:
             close[other] = distance
     question = f" Did you mean {min(close, key=close.get)}?" if close else ""
     problem = "is missing" if name == "None" else f"there is no {name} here"
@@ -4313,13 +4314,13 @@ def with_defaults(cfg: dict) -> dict:
     A class may pass other values to its parent than the parent's own defaults. So the defaults of
     the parents are only added if that changes nothing.
     """
-    full = add_defaults(cfg, inherited=True)
+    full = with_class_defaults(cfg, inherited=True)
     try:
         if describe(build_on_meta(full)) == describe(build_on_meta(cfg)):
             return full
     except Exception:  # a parent's keyword that the user's class sets itself
         pass
-    return add_defaults(cfg, inherited=False)
+    return with_class_defaults(cfg, inherited=False)
 
 
 def build_on_meta(cfg: dict) -> Segmentor:
@@ -4340,7 +4341,7 @@ def describe(network: nn.Module) -> list:
     return [re.sub(" at 0x[0-9a-f]+", "", text) for text in found]  # without memory addresses
 
 
-def add_defaults(cfg: dict, inherited: bool) -> dict:
+def with_class_defaults(cfg: dict, inherited: bool) -> dict:
     """inherited: whether to add those of the parents' keywords too."""
 
     def complete(section: object, table: dict[str, type]) -> object:

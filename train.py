@@ -26,6 +26,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -421,12 +422,14 @@ def check_network(config: Config, batch_size: int = 2) -> list[str]:
     """
     notes = []
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # weights are not copied to the meta device
             model = models.build_model(config.model).train()
     except UserError:
         raise
     except Exception as error:
-        notes.append(f"the network is not checked without data, as it cannot be built so: {error}")
+        reason = first_line(error)
+        notes.append(f"the network is not checked, as it cannot be built without data: {reason}")
         model = None
     if model is None:
         # A bug in a user's module shows here as it is.
@@ -444,8 +447,9 @@ def dry_run(model: Segmentor, config: Config, batch_size: int) -> list[str]:
     def enter(name: str, module: nn.Module, inputs: tuple) -> None:
         running.append((name, module, inputs))
 
-    def leave(*_) -> None:
-        running.pop()
+    def leave(module: nn.Module, *_) -> None:
+        while running.pop()[1] is not module:  # a failure that the modules themselves have handled
+            pass
 
     for name, module in model.named_modules():
         module.register_forward_pre_hook(functools.partial(enter, name))
@@ -454,7 +458,7 @@ def dry_run(model: Segmentor, config: Config, batch_size: int) -> list[str]:
     channels = config.data.get("in_channels", 3)
     if model.in_channels not in (None, channels):
         raise ConfigError(
-            f"model.backbone.in_channels is {model.in_channels}, but data.in_channels {channels}"
+            f"model.backbone.in_channels is {model.in_channels}, but data.in_channels is {channels}"
         )
     with torch.device("meta"):
         image = torch.zeros(batch_size, channels, *crop_size)
@@ -480,8 +484,11 @@ def dry_run(model: Segmentor, config: Config, batch_size: int) -> list[str]:
             f"model: {part_class.__name__} fails on a crop of {crop_size}: {place}: {failure} "
             f"({models.code_line(failure)})"
         ) from failure
-    reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-    return [f"the network is not checked without data: {place}: {reason}"]
+    return [f"the network is not checked without data: {place}: {first_line(failure)}"]
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def shapes(value: object) -> object:
@@ -1541,15 +1548,25 @@ def predict_logits(
     return model.inference(image, **options)
 
 
+def count_pixels(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """Confusion matrices (N, classes^2) of labels and predictions (N, H, W)."""
+    ignored = num_classes * num_classes
+    cell = label.long() * num_classes + prediction
+    cell = torch.where(label == IGNORE, ignored, cell).flatten(1)
+    counts = cell.new_zeros(len(label), ignored + 1)
+    counts.scatter_add_(1, cell, torch.ones_like(cell))  # bincount would sync the GPU
+    return counts[:, :-1]
+
+
 def not_finite_output(
-    index_losses: list[tuple[Tensor, Tensor]], data: Data, device: torch.device
+    scored: list[tuple[Tensor, Tensor, Tensor]], data: Data, device: torch.device
 ) -> UserError:
     """Names the images of all processes for which the network's output is not finite.
 
-    index_losses: the images' numbers (n) and the loss () of each batch of this process.
+    scored: see `evaluate`.
     """
     is_bad = torch.zeros(len(data.val), device=device)
-    for index, loss in index_losses:
+    for index, loss, _ in scored:
         is_bad[index] = float(not loss.isfinite())
     bad = dist_utils.all_reduce(is_bad).nonzero()[:, 0].tolist()
     names = ", ".join(data.val.name(i) for i in bad[:8])
@@ -1558,6 +1575,16 @@ def not_finite_output(
         "If these images are as they should be, the weights or a running variance have diverged, "
         "or numbers exceed the range of precision=fp16."
     )
+
+
+def gather_iou(
+    scored: list[tuple[Tensor, Tensor, Tensor]], count: int, device: torch.device
+) -> list[float]:
+    """The mean IoU of each of the split's `count` images, on every process; see `evaluate`."""
+    image_iou = torch.zeros(count, dtype=torch.float64, device=device)
+    for index, _, iou in scored:
+        image_iou[index.to(device)] = iou
+    return dist_utils.all_reduce(image_iou).tolist()
 
 
 @contextlib.contextmanager
@@ -1779,12 +1806,10 @@ def evaluate(
     show_dir: where to write a PNG of each prediction.
     """
     num_classes = len(data.classes)
-    # The last cell counts ignored pixels.
-    confusion = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=device)
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     is_interrupted = torch.zeros((), device=device)
-    index_losses = []  # the images' numbers (n) and the loss () of each batch
-    image_ious = []  # the images' numbers (n) and their mean IoU (n)
+    scored = []  # of each batch the images' numbers (n), the loss () and the mean IoU (n)
     batches = data.val_batches(
         dist_utils.rank(),
         dist_utils.world_size(),
@@ -1802,13 +1827,10 @@ def evaluate(
             with small_images_named(model, data, batch, data.val.name):
                 prediction, loss_sum = predict_batch(model, data, batch, device, settings, augment)
             loss += loss_sum
-            index_losses.append((batch["index"].clone(), loss_sum))
-            cell = label.long() * num_classes + prediction
-            cell = torch.where(label == IGNORE, num_classes * num_classes, cell).flatten(1)
-            counts = confusion.new_zeros(len(label), len(confusion))
-            counts.scatter_add_(1, cell, torch.ones_like(cell))  # bincount would sync the GPU
+            counts = count_pixels(label, prediction, num_classes)
             confusion += counts.sum(0)
-            image_ious.append((batch["index"].clone(), mean_iou(counts[:, :-1])))
+            # A copy, as the batch lies in memory that it shares with a worker.
+            scored.append((batch["index"].clone(), loss_sum, mean_iou(counts)))
             if show_dir:
                 write_predictions(show_dir, batch, prediction, data)
     if dist_utils.all_reduce(is_interrupted):
@@ -1816,16 +1838,13 @@ def evaluate(
     dist_utils.all_reduce(confusion)
     dist_utils.all_reduce(loss)
     if not loss.isfinite():
-        raise not_finite_output(index_losses, data, device)
+        raise not_finite_output(scored, data, device)
     if preview:
-        found = torch.zeros(len(data.val), dtype=torch.float64, device=device)
-        for index, iou in image_ious:
-            found[index.to(device)] = iou
-        found = dist_utils.all_reduce(found).tolist()
+        image_iou = gather_iou(scored, len(data.val), device)
         if dist_utils.rank() == 0:
             with evaluation_mode(model), autocast():
-                draw_preview(preview, found, model, data, device, settings)
-    confusion = confusion[:-1].view(num_classes, num_classes)
+                draw_preview(preview, image_iou, model, data, device, settings)
+    confusion = confusion.view(num_classes, num_classes)
     metrics = compute_metrics(confusion)
     metrics["loss"] = (loss / confusion.sum().clamp(min=1)).item()
     metrics["confusion"] = confusion.tolist()
@@ -2695,7 +2714,7 @@ def batch_warnings(model: Segmentor, data: Data) -> list[str]:
     if not parts or dist_utils.world_size() * data.accumulate == 1:
         return []
     return [
-        f"warning: {', '.join(parts)} compares the images of one forward pass with each other, so "
+        f"warning: {', '.join(parts)} takes the images of one forward pass together, so "
         "the number of processes and data.accumulate change the experiment"
     ]
 
@@ -2872,10 +2891,8 @@ def run(  # noqa: PLR0915
 # ------------------------------------------------------------------------------------- Command line
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What the run is of, where it starts, and how it is scored."""
     add = parser.add_argument
     path = os.path.expanduser  # the shell leaves the ~ in --config=~/mine.json
     add(
@@ -2912,6 +2929,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="evaluate at several scales (evaluation.ratios), each with its mirror image",
     )
+
+
+def add_other_flags(parser: argparse.ArgumentParser) -> None:
+    """Where predictions are written, what is done in place of a run, and overridden keys."""
+    add = parser.add_argument
+    path = os.path.expanduser
     add(
         "--show-dir",
         type=path,
@@ -2949,6 +2972,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         help="override the config: model.backbone.with_cp=True data.batch_size=4",
     )
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_run_flags(parser)
+    add_other_flags(parser)
     # argparse alone would first complain of a missing --config, whatever else is misspelled.
     args, unknown = parser.parse_known_args(argv)
     if unknown:

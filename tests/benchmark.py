@@ -775,9 +775,11 @@ class GpuTrainer:
             image, label = image.pin_memory(), label.pin_memory()
         batch = {"image": image, "label": label, "index": torch.tensor([0])}
         section = {"type": "synthetic", "batch_size": 1, "crop_size": [64, 64]}
+        synthetic = train.Data(**section).to(self.device)
         data = SimpleNamespace(
             classes=range(self.state.model.num_classes),
-            prepare=train.Data(**section).to(self.device).prepare,
+            val=synthetic.val,
+            prepare=synthetic.prepare,
         )
 
         def evaluate(count: int) -> float:

@@ -1445,7 +1445,7 @@ def test_keys_of_sections_are_checked(concat, tiny, tmp_path, section, key, plac
     with pytest.raises(ConfigError, match=place):
         train.load_config(write_config(tiny, tmp_path))
     del concat["datasets"][section]["type"]
-    with pytest.raises(ConfigError, match=f"data.datasets.{section}.type is None"):
+    with pytest.raises(ConfigError, match=f"data.datasets.{section}.type: is missing"):
         train.load_config(write_config(tiny, tmp_path))
 
 

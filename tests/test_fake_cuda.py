@@ -276,7 +276,10 @@ def test_evaluation_loop(quickstart, cuda, monkeypatch, augment):
         "index": torch.zeros(1, dtype=torch.int64),
     }
     one_batch = SimpleNamespace(
-        classes=range(8), val_batches=lambda *arguments: [batch], prepare=dataset.prepare
+        classes=range(8),
+        val=dataset.val,
+        val_batches=lambda *arguments: [batch],
+        prepare=dataset.prepare,
     )
     with pytest.raises(EndOfLoop), NoWaitingCopies():
         train.evaluate(model, one_batch, cuda, augment=augment)

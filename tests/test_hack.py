@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, Run, assert_same, metrics, set_in_heads, write_config
 from PIL import Image
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import data
 import models
@@ -49,6 +51,11 @@ def check_network(config: dict, tmp_path: Path) -> list[str]:
 
 # ------------------------------------------------------------------------- The check without data
 
+
+def refuse_meta(x: torch.Tensor) -> None:
+    assert x.device.type != "meta"
+
+
 # What a plain training script may do, but a tensor without values cannot.
 NEEDS_VALUES = {
     "item": lambda x: x.mean().item(),
@@ -58,6 +65,7 @@ NEEDS_VALUES = {
     "format": lambda x: f"{x.mean():.3f}",
     "numpy": lambda x: x.detach().numpy(),
     "mask": lambda x: x[x > 0],
+    "assert without a message": refuse_meta,
     "constant": lambda x: x + torch.from_numpy(np.ones(1, np.float32)),
 }
 
@@ -93,7 +101,7 @@ def test_what_needs_values_is_not_refused(tiny, tmp_path, monkeypatch, way, is_o
         "num_classes": 8,
     }
     (note,) = check_network(tiny, tmp_path)
-    assert note.startswith("the network is not checked without data")
+    assert note.startswith("the network is not checked")
     assert "\n" not in note
     if way != "init":
         assert "decode_head, Curious, fed with [[[2, 8, 12, 12], [2, 16, 6, 6]" in note
@@ -164,7 +172,7 @@ def test_bug_shows_as_a_plain_traceback(tiny, code, way):
             {"type": "PIDHead", "loss_decode": [{}] * 4},
             ["model.decode_head", "needs 3 feature maps"],
         ),
-        ("backbone", {"in_channels": 4}, ["model.backbone.in_channels is 4", "in_channels 3"]),
+        ("backbone", {"in_channels": 4}, ["model.backbone.in_channels is 4", "in_channels is 3"]),
         ("backbone", {"num_heads": [5, 6, 12, 24]}, ["SwinTransformer", "models.py, line"]),
     ],
 )
@@ -298,6 +306,27 @@ def test_loss_of_torch(plain, monkeypatch):
     label = torch.randint(0, 8, (2, 32, 32), dtype=torch.uint8)
     losses = model(torch.randn(2, 3, 32, 32), label)
     torch.testing.assert_close(losses["decode.loss_torch"], losses["decode.loss_ce"])
+
+
+def test_network_of_torchvision_as_backbone(plain, tmp_path, monkeypatch, recwarn):
+    """With weights that it loads itself: the check, which cannot load them, does not warn."""
+
+    def build() -> nn.Module:
+        network = torchvision.models.resnet18()
+        with torch.device("cpu"):
+            state = nn.Conv2d(3, 64, 7, bias=False).state_dict()
+        network.conv1.load_state_dict(state)
+        return create_feature_extractor(network, {"layer1": "fine", "layer2": "coarse"})
+
+    monkeypatch.setitem(models.BACKBONES, "torchvision", build)
+    plain["model"]["backbone"] = {"type": "torchvision"}
+    head = plain["model"]["decode_head"] | {"in_channels": 128}
+    plain["model"]["decode_head"] = head
+    assert check_network(plain, tmp_path) == []
+    assert not recwarn.list
+    head["in_channels"] = 127
+    with pytest.raises(ConfigError, match="model.decode_head: in_channels is 127, but .* 128"):
+        check_network(plain, tmp_path)
 
 
 # ----------------------------------------------------------------------------- Plain data sets

@@ -326,12 +326,12 @@ def test_any_size(name: str, size: tuple[int, int]):
 def test_padded_maps_are_cropped_to_the_image():
     """A map's value stays at its place in the image, whatever was padded."""
     centers = torch.arange(7) + 0.5  # of 7 patches, of which the image covers 6.25
-    cropped = models.crop_map(centers.expand(1, 1, 3, 7), 3, 6.25)
+    cropped = models.crop_map(centers.expand(1, 1, 3, 7), 12, 25, 4)
     expected = (torch.arange(7) + 0.5) * 6.25 / 7
     assert torch.allclose(cropped[0, 0, :, 1:], expected[1:].expand(3, -1))
     x = torch.randn(1, 2, 3, 7)
-    assert models.crop_map(x, 3.0, 7.0) is x
-    assert models.crop_map(x[:, :, :1, :1], 0.1, 0.9).shape == (1, 2, 1, 1)
+    assert models.crop_map(x, 12, 28, 4) is x
+    assert models.crop_map(x[:, :, :1, :1], 1, 9, 10).shape == (1, 2, 1, 1)
 
 
 @pytest.mark.parametrize(("offset", "antialias"), [(0.1, False), (0.0, True), (0.0, False)])

@@ -768,5 +768,5 @@ def test_dry_run_prints_the_script_and_writes_nothing(runs: Runs, capfd: pytest.
     ):
         assert f"#SBATCH --{option}\n" in script, script
     assert "\nmodule load cuda\n" in script
-    assert "--kill-on-bad-exit=1 --cpus-per-task=6" in script
+    assert "--kill-on-bad-exit=1 --export=ALL --cpus-per-task=6" in script
     assert not (runs.folder / "dry").exists()
