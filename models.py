@@ -4018,15 +4018,16 @@ def suggest(name: str, right: list[str]) -> str:
 def no_such_type(name: str, kind: str, right: list[str]) -> str:
     """What to say of a type that does not exist; kind: "backbones", "heads" and so on.
 
-    Only a misspelling and a beginning are corrected: UNet is no HRNet, MobileNetV3 no MobileNetV2.
+    Only a misspelling and a missing "Head" or "Loss" are corrected: UNet is no HRNet, and
+    MobileNetV3 no MobileNetV2.
     """
     numbers = re.findall(r"\d+", name)
     limit = 1 if len(name) < 8 else 2
     close = {}
     for other in right:
         distance = edit_distance(name.lower(), other.lower())
-        is_beginning = len(name) > 3 and other.lower().startswith(name.lower())
-        if (distance <= limit or is_beginning) and re.findall(r"\d+", other) == numbers:
+        is_short = other.lower() in (f"{name}head".lower(), f"{name}loss".lower())
+        if (distance <= limit or is_short) and re.findall(r"\d+", other) == numbers:
             close[other] = distance
     question = f" Did you mean {min(close, key=close.get)}?" if close else ""
     problem = "is missing" if name == "None" else f"there is no {name} here"

@@ -842,7 +842,7 @@ def test_printed_config_gives_the_same_run(straight, tiny, run, tmp_path, capsys
 def test_complete_model_is_the_same_network(name):
     section = json.loads((ROOT / f"configs/{name}.json").read_text())["model"]
     full = models.with_defaults(section)
-    assert full == models.add_defaults(section, inherited=True)
+    assert full == models.with_class_defaults(section, inherited=True)
     assert full != section
     assert models.with_defaults(full) == full
     built = [models.describe(models.build_on_meta(cfg)) for cfg in (section, full)]
