@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -44,6 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "optional(*packages): needs packages that requirements.txt does not list"
     )
+    # nohup, and a shell that starts pytest in the background, leave signals ignored, which every
+    # process that a test starts would inherit.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
