@@ -860,9 +860,10 @@ class TrainState:
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint.get("ema", checkpoint["state_dict"]))
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        # Settings such as weight decay come from the config: they may be changed on purpose.
+        # Settings such as weight decay come from the config: they may be changed on purpose. The
+        # learning rate is that of the last step, until the next one sets it.
         for group, settings in zip(self.optimizer.param_groups, config_groups):
-            group.update(settings)
+            group.update(settings, lr=group["lr"])
         if checkpoint["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.iteration = checkpoint["iteration"]

@@ -560,12 +560,15 @@ def test_full_disk(tiny, run, disk, lasting):
 # --------------------------------------------------------------------- A validation that goes wrong
 
 
-@pytest.mark.parametrize("checkpoint_interval", [2, 3])
-def test_a_validation_that_fails_costs_no_iteration(on_folder, tmp_path, checkpoint_interval):
-    """The state is saved, whether a checkpoint is due or not, and a resume makes up for it."""
+@pytest.mark.parametrize("checkpoint_interval, last", [(2, 2), (3, 2), (6, 6)])
+def test_a_validation_that_fails_costs_no_iteration(on_folder, tmp_path, checkpoint_interval, last):
+    """The state is saved, whether a checkpoint is due or not, and a resume makes up for it.
+
+    After the last of the six iterations, a resume only validates.
+    """
     shutil.rmtree(tmp_path / "set")
     on_folder["data"] = folder_of_images(tmp_path / "set", count=12)
-    on_folder["evaluation"]["interval"] = 2
+    on_folder["evaluation"]["interval"] = last
     on_folder["checkpoint"]["interval"] = checkpoint_interval
     straight = sibling(on_folder, "straight")
     argv = ["--config", str(write_config(straight, tmp_path))]
@@ -579,9 +582,9 @@ def test_a_validation_that_fails_costs_no_iteration(on_folder, tmp_path, checkpo
     for _ in ("while training", "when the resume makes up for it"):
         with pytest.raises(DataError, match="val/10.png"):
             train.main(argv)
-        saved = checkpoint(on_folder, "iter_2.pth")
+        saved = checkpoint(on_folder, f"iter_{last}.pth")
         assert saved["validated"] is False
-        assert iterations(on_folder) == [1, 2]
+        assert iterations(on_folder) == list(range(1, last + 1))
     image.write_bytes(whole)
     train.main(argv)
     assert_same_run(straight, on_folder)
