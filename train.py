@@ -2531,6 +2531,40 @@ def save(state: TrainState, config: Config, data: Data, run_dir: RunDir, names: 
     run_dir.save(content, names)
 
 
+def save_and_validate(
+    state: TrainState,
+    config: Config,
+    write: Callable,
+    score: Callable,
+    save_is_due: bool,
+    validation_is_due: bool,
+) -> None:
+    """Saves a checkpoint, validates, and saves once more with the score.
+
+    write(names) writes a checkpoint; score() returns what validate() returns.
+
+    The checkpoint comes first, because the validation may fail. Where none was due, one is written
+    if there is no score, so that a resume can make up for the validation, and at the end of the
+    run.
+    """
+    names = [f"iter_{state.iteration}.pth", "latest.pth"]
+    state.validated = not validation_is_due
+    if save_is_due:
+        write(names)
+    if not validation_is_due:
+        return
+    is_best = None  # as it stays if the validation fails or a signal interrupts it
+    try:
+        is_best = score()
+    finally:
+        state.validated = is_best is not None
+        best = ["best.pth"] if is_best else []
+        if state.validated == save_is_due or is_finished(state, config):
+            write(names + best)
+        elif best:
+            write(best)
+
+
 def report(
     state: TrainState,
     lr: float,
@@ -2811,32 +2845,12 @@ def run(  # noqa: PLR0915
         dist_utils.StopSignal() as stop,
         tqdm(total=max_iters, initial=start, disable=is_quiet()) as bar,
     ):
-
-        def save_and_validate(checkpoint_is_due: bool, validation_is_due: bool) -> None:
-            # Save before validating, which may fail.
-            state.validated = not validation_is_due
-            names = [f"iter_{state.iteration}.pth", "latest.pth"]
-            if checkpoint_is_due:
-                save(state, config, data, run_dir, names)
-            if not validation_is_due:
-                return
-            is_best = None  # as it stays if the validation fails or a signal interrupts it
-            try:
-                is_best = evaluation(lambda: stop.received)
-            finally:
-                state.validated = is_best is not None
-                best = ["best.pth"] if is_best else []
-                # A checkpoint is written once more, with its score. Where none was due, one is
-                # written if there is no score, so that a resume can make up for the validation,
-                # and at the end of the run.
-                is_needed = state.validated == checkpoint_is_due or is_finished(state, config)
-                names = names + best if is_needed else best
-                if names:
-                    save(state, config, data, run_dir, names)
+        write = functools.partial(save, state, config, data, run_dir)
+        score = functools.partial(evaluation, lambda: stop.received)
 
         # The validation that was due when the checkpoint was saved failed or was interrupted.
         if not state.validated:
-            save_and_validate(checkpoint_is_due=True, validation_is_due=not args.no_validate)
+            save_and_validate(state, config, write, score, True, not args.no_validate)
         warm_up(state, net, data, autocast, run_dir)
         timer = StepTimer()
         stopping = not state.validated
@@ -2871,10 +2885,9 @@ def run(  # noqa: PLR0915
                 timer.reset()
 
             with timer.pause():
-                save_and_validate(
-                    due(config.checkpoint.interval) or stopping,
-                    due(config.evaluation.interval) and not args.no_validate,
-                )
+                save_is_due = due(config.checkpoint.interval) or stopping
+                validation_is_due = due(config.evaluation.interval) and not args.no_validate
+                save_and_validate(state, config, write, score, save_is_due, validation_is_due)
             stopping = stopping or not state.validated
 
     if not is_finished(state, config):
