@@ -76,6 +76,8 @@ STEPS = {
     "GenerateEdge": {"edge_width": [4]},
     "PackSegInputs": {},
 }
+# MMSegmentation's own constructor of optimizers; the usual one is MMEngine's.
+LAYER_DECAY = "LearningRateDecayOptimizerConstructor"
 VAL_STEPS = ("LoadImageFromFile", "Resize", "LoadAnnotations", "PackSegInputs")
 
 
@@ -231,7 +233,7 @@ def convert(config: dict, gpus: int) -> dict:
         **convert_precision(wrapper),
         "model": model,
         "data": train | convert_loader(config["train_dataloader"], gpus, accumulate),
-        "optimizer": convert_optimizer(wrapper),
+        "optimizer": convert_optimizer(wrapper, model["backbone"]),
         "schedule": schedule,
         "evaluation": convert_evaluation(config, val_steps),
         **convert_hooks(config.section("default_hooks"), schedule["max_iters"]),
@@ -331,16 +333,20 @@ def convert_precision(wrapper: Section) -> dict:
     wrapper.expect(
         type=[None, "AmpOptimWrapper", "OptimWrapper"],
         dtype=[None, "bfloat16", "float16"],
-        constructor=[None, "DefaultOptimWrapperConstructor"],
     )
     clip = wrapper.section("clip_grad")
     clip.expect(type=[None, "norm"], norm_type=[None, 2])
     return {"precision": precision, "clip_grad": clip.take("max_norm", None)}
 
 
-def convert_optimizer(wrapper: Section) -> dict:
+def convert_optimizer(wrapper: Section, backbone: dict) -> dict:
     optimizer = wrapper.take("optimizer")
     paramwise = wrapper.section("paramwise_cfg")
+    if wrapper.get("constructor") == LAYER_DECAY:
+        del wrapper["constructor"]
+        optimizer["paramwise"] = convert_layer_decay(paramwise, backbone)
+        return optimizer
+    wrapper.expect(constructor=[None, "DefaultOptimWrapperConstructor"])
     custom = paramwise.section("custom_keys")
     rules = {}
     for part in sorted(custom):  # of matching keys of one length MMEngine takes the first of these
@@ -355,6 +361,30 @@ def convert_optimizer(wrapper: Section) -> dict:
     if rules:
         optimizer["paramwise"] = rules
     return optimizer
+
+
+def convert_layer_decay(paramwise: Section, backbone: dict) -> dict:
+    """What LearningRateDecayOptimizerConstructor does with ConvNeXt, the only one of its backbones
+    that is here: layer-wise rates, and no weight decay of biases and other vectors."""
+    kind = str(backbone.get("type")).removeprefix("mmpretrain.")
+    arch = backbone.get("arch", "tiny")
+    if kind != "ConvNeXt" or arch not in list(models.ConvNeXt.ARCHS):
+        raise UserError(
+            f"optim_wrapper.constructor is {LAYER_DECAY}, which can be translated for ConvNeXt of "
+            f"arch {', '.join(models.ConvNeXt.ARCHS)}, not for {kind} of arch {arch}. Remove it "
+            "from the dumped config, and write optimizer.paramwise.layer_decay into the converted"
+        )
+    depths, _ = models.ConvNeXt.ARCHS[arch]
+    # Three blocks of the third stage are a layer. The learning rates depend on this number.
+    paramwise.expect(num_layers=[depths[2] // 3 + 3])
+    decay_type = paramwise.take("decay_type", "layer_wise")
+    return {
+        "layer_decay": paramwise.take("decay_rate"),
+        "decay_type": "layer_wise" if "layer_wise" in str(decay_type) else decay_type,
+        "norm_decay_mult": 0.0,
+        "bias_decay_mult": 0.0,
+        "gamma": {"decay_mult": 0.0},
+    }
 
 
 def convert_schedule(config: Section) -> dict:

@@ -28,6 +28,7 @@ OCR = "ocrnet_hr18_4xb4-20k_voc12aug-512x512"
 SLIDE = "nonlocal_r101-d8_4xb2-80k_cityscapes-769x769"
 CONTEXT = "deeplabv3_r50-d8_4xb4-40k_pascal-context-59-480x480"
 UNET = "unet-s5-d16_fcn_4xb4-ce-1.0-dice-3.0-40k_stare-128x128"
+CONVNEXT = "convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512"
 PIDNET = "pidnet-s_2xb6-120k_1024x1024-cityscapes"
 
 # name: data.type, batch_size, max_iters, crop_size, scale, lr, classes of the last head
@@ -39,6 +40,7 @@ PUBLISHED = {
     SLIDE: ("cityscapes", 8, 80000, [769, 769], [2049, 1025], 0.01, 19),
     CONTEXT: ("pascal_context_59", 16, 40000, [480, 480], [520, 520], 0.004, 59),
     UNET: ("stare", 16, 40000, [128, 128], [605, 700], 0.01, 2),
+    CONVNEXT: ("ade20k", 16, 160000, [512, 512], [2048, 512], 1e-4, 150),
     PIDNET: ("cityscapes", 12, 120000, [1024, 1024], [2048, 1024], 0.01, 19),
 }
 GPUS = {name: int(re.search(r"(\d+)xb\d", name)[1]) for name in PUBLISHED}
@@ -90,7 +92,8 @@ def test_published(name: str, tmp_path: Path) -> None:
     assert converted["evaluation"]["scale"] == section["scale"]
     assert converted["evaluation"]["interval"] == schedule["max_iters"] // 10
     assert converted["checkpoint"] == {"interval": schedule["max_iters"] // 10, "keep": 10}
-    assert converted["precision"] == "fp32" and converted["clip_grad"] is None
+    assert converted["precision"] == ("fp16" if name == CONVNEXT else "fp32")
+    assert converted["clip_grad"] is None
     for place in ("decode_head", "auxiliary_head", "neck"):  # as published
         assert converted["model"].get(place) == published["model"].get(place)
     load(converted, tmp_path)
@@ -200,6 +203,65 @@ def test_paramwise_groups(tmp_path: Path) -> None:
     assert seen["backbone.stem.0.weight"] == pytest.approx((0.001, 0.0))
     assert seen["backbone.layer1.0.bn1.weight"] == pytest.approx((0.01, 0.0))
     assert seen["backbone.layer1.0.conv1.weight"] == pytest.approx((0.01, 5e-4))
+
+
+def convnext_layer(name: str, num_layers: int) -> int:
+    """MMSegmentation's get_layer_id_for_convnext."""
+    part, stage, block = [*name.removeprefix("backbone.").split("."), "0"][:3]
+    if part == "downsample_layers":
+        return [0, 2, 3, num_layers][int(stage)]
+    if part == "stages":
+        return [1, 2, 3 + int(block) // 3, num_layers][int(stage)]
+    return num_layers + 1
+
+
+def convnext_stage(name: str, num_layers: int) -> int:
+    """MMSegmentation's get_stage_id_for_convnext."""
+    part, stage = name.removeprefix("backbone.").split(".")[:2]
+    if part == "downsample_layers":
+        return 0
+    return int(stage) + 1 if part == "stages" else num_layers + 1
+
+
+@pytest.mark.parametrize(
+    ("arch", "num_layers", "decay_type"),
+    [("tiny", 6, "stage_wise"), ("small", 12, "stage_wise"), ("tiny", 6, "layer_wise")],
+)
+def test_layer_decay_of_convnext(arch: str, num_layers: int, decay_type: str) -> None:
+    """Rates and decays of all parameters as LearningRateDecayOptimizerConstructor sets them."""
+    config = change(dumped(CONVNEXT), f'model.backbone.arch = "{arch}"')
+    paramwise = config["optim_wrapper"]["paramwise_cfg"]
+    paramwise |= {"num_layers": num_layers, "decay_type": decay_type}
+    converted, notes = convert(config, 8)
+    assert notes == ""
+    with torch.device("meta"):
+        model = models.build_model(converted["model"])
+    optimizer = train.build_optimizer(model, **converted["optimizer"])
+    number = convnext_stage if decay_type == "stage_wise" else convnext_layer
+    expected = {}
+    for name, parameter in model.named_parameters():
+        rate = 1e-4 * 0.9 ** (num_layers + 2 - number(name, num_layers) - 1)
+        is_decayed = parameter.dim() > 1 and not name.endswith(".bias")
+        expected[id(parameter)] = pytest.approx((rate, 0.05 if is_decayed else 0.0)), name
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            rates, name = expected.pop(id(parameter))
+            assert (group["lr"], group["weight_decay"]) == rates, name
+    assert not expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim_wrapper.paramwise_cfg.num_layers = 12", "num_layers is 12.*what 6 means"),
+        ("optim_wrapper.paramwise_cfg.decay_rate = null", "decay_rate is missing"),
+        ('model.backbone.type = "ResNet"', "not for ResNet of arch tiny"),
+        ('model.backbone.arch = {"depths": [3, 3, 9, 3]}', "not for ConvNeXt of arch"),
+    ],
+)
+def test_layer_decay_that_cannot_be_translated(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        convert(change(dumped(CONVNEXT), text), 8)
 
 
 def mmengine_rates(schedulers: list[dict], base_lr: float, iterations: int) -> list[float]:
@@ -372,7 +434,7 @@ WITHOUT_EFFECT = re.compile(
 )
 
 
-@pytest.mark.parametrize("name", [SWIN, OCR, UNET, PIDNET])
+@pytest.mark.parametrize("name", [SWIN, OCR, UNET, PIDNET, CONVNEXT])
 def test_nothing_is_dropped(name: str) -> None:
     """Each value, and each new key, changes the result or the notes, or is an error."""
 
