@@ -1,15 +1,18 @@
 """The READMEs stay true: commands parse, paths and flags exist, tables match, the config trains."""
 
+import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, metrics, write_config
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,7 +84,7 @@ def test_width(path: Path):
 @each_file
 def test_paths_exist(path: Path):
     text = without_their_names(path.read_text())
-    links = re.findall(r"\]\((?!https:)([^)]+)\)", text)
+    links = re.findall(r"\]\((?!https:)([^)#]+)", text)
     paths = re.findall(r"(?<![\w./-])(?:configs|tests|\.ci)/[\w./-]*\w", text)
     files = re.findall(r"(?<![\w./-])\w+\.(?:py|sh)\b", text)
     assert links
@@ -147,43 +150,163 @@ def test_flags_exist(capsys):
     assert flags(" ".join(in_backticks)) <= of_train | of_slurm
 
 
+@each_file
+def test_headings_exist(path: Path):
+    for name, anchor in re.findall(r"\]\((?!https:)([^)#]*)#([^)]+)\)", path.read_text()):
+        linked = path.parent / name if name else path
+        headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+        assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
+
+
 # ---------------------------------------------------------------------------------------- README
 
 
-def write_samples(folder: Path, split: str, count: int) -> None:
-    """Random images, and labels of three classes, in the layout that the README describes."""
-    rng = np.random.default_rng(0)
-    images = folder / "images" / split
-    labels = folder / "labels" / split
-    images.mkdir(parents=True)
-    labels.mkdir(parents=True)
-    for i in range(count):
-        image = rng.integers(0, 256, (32, 64, 3), np.uint8)
-        label = rng.integers(0, 3, (32, 64), np.uint8)
-        Image.fromarray(image).save(images / f"{i}.png")
-        Image.fromarray(label).save(labels / f"{i}.png")
+def write_sample(image_path: Path, label_path: Path, values: Sequence[int]) -> None:
+    """A random image, and its label with these values."""
+    rng = np.random.default_rng(zlib.crc32(image_path.name.encode()))
+    image = rng.integers(0, 256, (32, 64, 3), np.uint8)
+    label = rng.choice(np.array(values, np.uint8), (32, 64))
+    for path, array in ((image_path, image), (label_path, label)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+
+
+SMALL = [
+    "schedule.max_iters=2",
+    "data.batch_size=2",
+    "data.crop_size=[64, 64]",
+    "data.workers=0",
+    "evaluation.scale=[128, 64]",
+]
 
 
 def test_own_data(tmp_path: Path, run):
     """The config of the README loads as it is, and trains once it is made small."""
-    write_samples(tmp_path / "data/mine", "train", 4)
-    write_samples(tmp_path / "data/mine", "val", 2)
+    for i in range(6):
+        split = "train" if i < 4 else "val"
+        image = tmp_path / f"data/mine/images/{split}/{i}.png"
+        write_sample(image, tmp_path / f"data/mine/labels/{split}/{i}.png", [0, 1, 2])
     (text,) = code_blocks(README, "json")
     path = tmp_path / "mine.json"
     path.write_text(text)
     train.load_config(path)
-    small = [
-        "schedule.max_iters=2",
-        "data.batch_size=2",
-        "data.crop_size=[64, 64]",
-        "data.workers=0",
-        "evaluation.scale=[128, 64]",
-    ]
-    run(json.loads(text), "--options", *small)
+    run(json.loads(text), "--options", *SMALL)
     latest = tmp_path / "work_dirs/mine/latest.pth"
     checkpoint = torch.load(latest, weights_only=True)
     assert checkpoint["iteration"] == 2
     assert checkpoint["classes"] == ["road", "car", "sky"]
+
+
+VARIATIONS = {
+    situation: json.loads(f"{{{keys}}}")
+    for situation, keys in re.findall(r"^\| (.+) \| `(\".+)` \|$", README, re.MULTILINE)
+}
+# Situations that are tried together -> what is special about the files, see `write_layout`.
+LAYOUTS = {
+    (
+        "black and white masks, 0 and 255",
+        "`a_rgb.jpg` belongs to `a_mask.png`",
+        "splits have other names",
+    ): {
+        "splits": ("training", "validation", "test"),
+        "suffixes": ("_rgb.jpg", "_mask.png"),
+        "values": (0, 255),
+    },
+    ("0 is ignored, classes start at 1", "a text file lists each split"): {
+        "folder": "{kind}/berlin",
+        "values": (0, 1, 2, 3),
+    },
+    ("no splits: keep a fifth to validate",): {"folder": "{kind}"},
+}
+
+
+def write_layout(
+    root: Path,
+    folder: str = "{kind}/{split}/a/b",
+    splits: tuple[str, ...] = ("train", "val", "test"),
+    suffixes: tuple[str, str] = (".jpg", ".png"),
+    values: tuple[int, ...] = (0, 1, 2),
+) -> dict[str, list[Path]]:
+    """Writes 6, 2 and 2 samples, and lists of them. Returns the paths of each split's labels."""
+    labels = {split: [] for split in splits}
+    for i in range(10):
+        split = splits[max(0, i // 2 - 2)]
+        image = root / folder.format(kind="images", split=split) / f"{i}{suffixes[0]}"
+        label = root / folder.format(kind="labels", split=split) / f"{i}{suffixes[1]}"
+        write_sample(image, label, values)
+        labels[split].append(label)
+        with open(root / f"{split}.txt", "a") as file:
+            file.write(f"berlin/{i}\n")
+    return labels
+
+
+def pixels_of_classes(labels: list[Path], values: Sequence[int]) -> list[int]:
+    files = np.stack([np.asarray(Image.open(path)) for path in labels])
+    return [int((files == value).sum()) for value in values]
+
+
+@pytest.mark.parametrize("situations", LAYOUTS, ids=["names", "list", "fold"])
+def test_variations_of_own_data(situations: tuple, tmp_path: Path, monkeypatch, capsys):
+    """By the keys for each situation, the right files and classes are trained on and scored."""
+    monkeypatch.chdir(tmp_path)
+    layout = LAYOUTS[situations]
+    labels = write_layout(tmp_path / "data/mine", **layout)
+    (text,) = code_blocks(README, "json")
+    config = json.loads(text)
+    for situation in situations:
+        config["data"] |= VARIATIONS[situation]
+    classes = config["data"]["classes"]
+    config["model"]["backbone"] |= {"base_channels": 8, "stem_channels": 8}
+    config["model"]["decode_head"] |= {"in_channels": 64, "num_classes": len(classes)}
+    path = write_config(config, tmp_path)
+    train.main(["--config", str(path), "--options", *SMALL])
+    output = capsys.readouterr().out
+    if "fold" in config["data"]:
+        assert "8 images to train on, 2 to evaluate on" in output
+        return
+    assert "6 images to train on, 2 to evaluate on" in output
+    (line,) = [line for line in commands(README) if "data.val_split=test" in line]
+    train.main(arguments(line, "train.py"))
+    _, val_labels, test_labels = labels.values()
+    values = layout["values"][-len(classes) :]
+    for mode, scored in (("val", val_labels), ("test", test_labels)):
+        (result,) = metrics(config, mode)
+        assert [sum(row) for row in result["confusion"]] == pixels_of_classes(scored, values)
+
+
+def test_every_variation_is_tested():
+    assert sorted(VARIATIONS) == sorted(itertools.chain(*LAYOUTS))
+
+
+def test_first_lines_of_a_run(tmp_path: Path, monkeypatch, capsys):
+    """They are as the README shows them, but for the numbers."""
+    (shown,) = [block for block in code_blocks(README, "text") if block.startswith("network: ")]
+    monkeypatch.chdir(tmp_path)
+    options = ["schedule.max_iters=1", "schedule.warmup_iters=0", "data.val_length=1"]
+    options += ["data.workers=0", "precision=fp32"]
+    train.main(["--config", str(ROOT / "configs/quickstart.json"), "--options", *options])
+    shown = shown.splitlines()
+    lines = capsys.readouterr().out.splitlines()[: len(shown)]
+    assert lines[0] == shown[0]
+    for line, line_shown in zip(lines, shown):
+        assert re.sub(r"\d+", "N", line) == re.sub(r"\d+", "N", line_shown)
+
+
+@pytest.mark.optional("pandas")
+def test_table_of_runs(straight: dict, tmp_path: Path, monkeypatch, capsys):
+    """The README's lines for pandas."""
+    (code,) = [code for code in code_blocks(README, "python") if "import pandas" in code]
+    for name in ("first", "second"):
+        (tmp_path / "work_dirs" / name).mkdir(parents=True)
+        shutil.copy(Path(straight["work_dir"]) / "metrics.jsonl", tmp_path / "work_dirs" / name)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    (result,) = metrics(straight, "val")
+    runs, _, row = capsys.readouterr().out.splitlines()
+    assert runs.split() == ["run", "first", "second"]
+    iteration, *scores = map(float, row.split())
+    assert iteration == 6
+    assert scores == pytest.approx([result["mIoU"]] * 2, abs=1e-5)
 
 
 def test_every_key_of_the_config_is_explained():
