@@ -155,7 +155,8 @@ def test_headings_exist(path: Path):
     for name, anchor in re.findall(r"\]\((?!https:)([^)#]*)#([^)]+)\)", path.read_text()):
         linked = path.parent / name if name else path
         headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
-        assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
+        anchors = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+        assert anchor in anchors
 
 
 # ---------------------------------------------------------------------------------------- README
