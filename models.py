@@ -1688,7 +1688,7 @@ class ShiftWindowMSA(nn.Module):
         return x[:, :h, :w]
 
 
-class FFN(nn.Module):
+class FFN(nn.Sequential):
     """Feed-forward network of two linear layers, under mmcv's names."""
 
     def __init__(self, channels, hidden_channels, drop_rate):
@@ -1698,9 +1698,6 @@ class FFN(nn.Module):
             nn.Linear(hidden_channels, channels),
             nn.Dropout(drop_rate),
         )
-
-    def forward(self, x):
-        return self.layers(x)
 
 
 class PatchMerging(nn.Module):
@@ -1901,16 +1898,14 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Sequential):
     """Two linear layers."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden)
+        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwiGLU(nn.Module):
@@ -2194,7 +2189,7 @@ class VisionTransformer(ViT):
         super().__init__(**{**self.ARCHS.get(arch, {}), **kwargs})
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(nn.Sequential):
     """3x3 convolutions, the first with the stride, the others dilated."""
 
     def __init__(
@@ -2204,9 +2199,6 @@ class ConvBlock(nn.Module):
         self.convs = nn.Sequential(ConvModule(in_channels, channels, 3, stride=stride))
         for _ in range(num_convs - 1):
             self.convs.append(ConvModule(channels, channels, 3, dilation=dilation))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convs(x)
 
 
 class UpConvBlock(nn.Module):
@@ -2219,7 +2211,7 @@ class UpConvBlock(nn.Module):
         if not same_size:  # the names of MMSegmentation's InterpConv
             conv = nn.Sequential(nn.Identity(), self.upsample)
             self.upsample = nn.Sequential()
-            self.upsample.add_module("interp_upsample", conv)
+            self.upsample.interp_upsample = conv
 
     def forward(self, skip_and_x: tuple[Tensor, Tensor]) -> Tensor:
         skip, x = skip_and_x  # (N, channels/2, 2h, 2w), (N, channels, h, w)
@@ -2360,21 +2352,16 @@ class PIDBlock(nn.Module):
         return F.relu(y, inplace=True) if self.relu else y
 
 
-def pid_layer(in_channels: int, channels: int, count: int, stride: int = 1) -> nn.Sequential:
-    """Basic blocks; the last of several ends without ReLU."""
-    blocks = nn.Sequential(PIDBlock(in_channels, channels, stride, relu=True))
-    for i in range(1, count):
-        blocks.append(PIDBlock(channels, channels, 1, relu=i < count - 1))
-    return blocks
-
-
-def bottlenecks(in_channels: int, channels: int, count: int = 1, stride: int = 1) -> nn.Sequential:
-    """Bottlenecks, which end without ReLU."""
+def pid_layer(
+    in_channels: int, channels: int, count: int = 1, stride: int = 1, bottleneck: bool = False
+) -> nn.Sequential:
+    """Residual blocks; bottlenecks and the last of several basic blocks end without ReLU."""
     blocks = nn.Sequential()
     for i in range(count):
-        first_stride = stride if i == 0 else 1
-        blocks.append(PIDBlock(in_channels, channels, first_stride, relu=False, bottleneck=True))
-        in_channels = 2 * channels
+        relu = not bottleneck and (i == 0 or i < count - 1)
+        blocks.append(PIDBlock(in_channels, channels, stride, relu, bottleneck))
+        in_channels = 2 * channels if bottleneck else channels
+        stride = 1
     return blocks
 
 
@@ -2446,15 +2433,15 @@ class PIDNet(Backbone):
         context = [
             pid_layer(2 * c, 4 * c, num_branch_blocks, stride=2),
             pid_layer(4 * c, 8 * c, num_branch_blocks, stride=2),
-            bottlenecks(8 * c, 8 * c, count=2, stride=2),
+            pid_layer(8 * c, 8 * c, 2, stride=2, bottleneck=True),
         ]
         details = [pid_layer(2 * c, 2 * c, stem) for _ in range(2)]
-        details.append(bottlenecks(2 * c, 2 * c))
+        details.append(pid_layer(2 * c, 2 * c, bottleneck=True))
         d = c if light else 2 * c
         boundaries = [
             PIDBlock(2 * c, d, 1, relu=False),
-            bottlenecks(c, c) if light else PIDBlock(d, d, 1, relu=False),
-            bottlenecks(2 * c, 2 * c),
+            pid_layer(c, c, bottleneck=True) if light else PIDBlock(d, d, 1, relu=False),
+            pid_layer(2 * c, 2 * c, bottleneck=True),
         ]
         self.i_branch_layers = nn.ModuleList(context)
         self.p_branch_layers = nn.ModuleList(details)
@@ -2626,14 +2613,20 @@ BACKBONES = {
 }
 
 
-def check_map_count(features: list[Tensor], expected: int) -> None:
-    if len(features) != expected:
-        raise UserError(f"needs {expected} feature maps, but the backbone gives {len(features)}")
+def check_maps(
+    features: list[Tensor], channels: list[int], indices: list[int] | None = None
+) -> None:
+    """Raise UserError unless features[indices[i]] has channels[i] channels, for every i.
 
-
-def check_maps(features: list[Tensor], indices: list[int], channels: list[int]) -> None:
-    """Raise UserError unless features[indices[i]] has channels[i] channels, for every i."""
+    indices: None for all maps, of which there have to be as many as `channels`.
+    """
     found = [x.shape[1] for x in features]
+    if indices is None:
+        indices = range(len(channels))
+        if len(found) != len(channels):
+            raise UserError(
+                f"needs {len(channels)} feature maps, but the backbone gives {len(found)}"
+            )
     for index, expected in zip(indices, channels):
         if not -len(found) <= index < len(found):
             raise UserError(
@@ -2680,8 +2673,7 @@ class FPN(nn.Module):
                 nn.init.xavier_uniform_(m.weight)
 
     def forward(self, features):
-        check_map_count(features, len(self.in_channels))
-        check_maps(features, range(len(features)), self.in_channels)
+        check_maps(features, self.in_channels)
         # (N, out_channels, h, w) each
         maps = [conv(x) for conv, x in zip(self.lateral_convs, features)]
         for i in reversed(range(len(maps) - 1)):
@@ -2710,8 +2702,7 @@ class Feature2Pyramid(nn.Module):
         self.upsample_2x = nn.Sequential(nn.ConvTranspose2d(c, c, 2, 2))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:  # (N, embed_dim, h, w) each
-        check_map_count(features, 4)
-        check_maps(features, range(4), [self.embed_dim] * 4)
+        check_maps(features, [self.embed_dim] * 4)
         a, b, c, d = features
         return [self.upsample_4x(a), self.upsample_2x(b), c, F.max_pool2d(d, 2)]
 
@@ -2824,12 +2815,12 @@ class DecodeHead(nn.Module):
 
     def select(self, features: list[Tensor]) -> Tensor | list[Tensor]:
         if self.input_transform is None:
-            check_maps(features, [self.in_index], [self.in_channels])
+            check_maps(features, [self.in_channels], [self.in_index])
             return features[self.in_index]
         channels = self.in_channels
         if self.input_transform == "resize_concat":
             channels = self.concat_channels
-        check_maps(features, self.in_index, channels)
+        check_maps(features, channels, self.in_index)
         selected = [features[i] for i in self.in_index]
         if self.input_transform == "resize_concat":
             return self.concat(selected)
@@ -3167,7 +3158,7 @@ class DepthwiseSeparableASPPHead(ASPPHead):
 
     def select(self, features):
         if self.c1_in_channels:
-            check_maps(features, [0], [self.c1_in_channels])
+            check_maps(features, [self.c1_in_channels], [0])
         return super().select(features), features[0]
 
     def decode(self, xs):
@@ -3633,15 +3624,14 @@ class PIDHead(DecodeHead):
     @staticmethod
     def branch(in_channels: int, channels: int) -> nn.Sequential:
         branch = nn.Sequential()
-        branch.add_module("conv", PreActConv(in_channels, channels, 3))
-        branch.add_module("norm", nn.BatchNorm2d(channels))
-        branch.add_module("act", nn.ReLU(inplace=True))
+        branch.conv = PreActConv(in_channels, channels, 3)
+        branch.norm = nn.BatchNorm2d(channels)
+        branch.act = nn.ReLU(inplace=True)
         return branch
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
-        check_map_count(features, 3)
         c = self.in_channels
-        check_maps(features, range(3), [c // 2, c, c // 2])
+        check_maps(features, [c // 2, c, c // 2])
         p, fused, d = features
         return {"": self.conv_seg(self.dropout(self.i_head(fused))), "p": p, "d": d}
 
@@ -3792,11 +3782,8 @@ class Segmentor(nn.Module):
             normalizers = None if label.is_meta else self.normalizers([label])
 
         def add_losses(name, head, outputs):
-            if normalizers is None:
-                found = head.loss(outputs, label)
-            else:
-                found = head.loss(outputs, label, normalizers[name])
-            for key, loss in found.items():
+            own = None if normalizers is None else normalizers[name]
+            for key, loss in head.loss(outputs, label, own).items():
                 losses[f"{name}.{key}"] = loss
 
         logits = None
@@ -3960,8 +3947,6 @@ def fits(value, annotation) -> bool:
     """Whether a JSON value has the annotated type. An int is also a float, a bool is no number."""
     if annotation in (inspect.Parameter.empty, typing.Any):
         return True
-    if annotation in (None, type(None)):
-        return value is None
     origin = typing.get_origin(annotation)
     args = typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
@@ -4016,33 +4001,19 @@ def suggest(name: str, right: list[str]) -> str:
 
 
 def no_such_type(name: str, kind: str, right: list[str]) -> str:
-    """What to say of a type that does not exist; kind: "backbones", "heads" and so on.
+    """The message about a type that does not exist; kind: "backbones", "heads" and so on.
 
-    Only a misspelling and a missing "Head" or "Loss" are corrected: UNet is no HRNet, and
-    MobileNetV3 no MobileNetV2.
+    Only a misspelling and a missing "Head" or "Loss" are corrected: neither HRNet nor MobileNetV2
+    is suggested for UNet and MobileNetV3.
     """
     numbers = re.findall(r"\d+", name)
-    limit = 1 if len(name) < 8 else 2
-    close = {}
-    for other in right:
-        distance = edit_distance(name.lower(), other.lower())
-        is_short = other.lower() in (f"{name}head".lower(), f"{name}loss".lower())
-        if (distance <= limit or is_short) and re.findall(r"\d+", other) == numbers:
-            close[other] = distance
-    question = f" Did you mean {min(close, key=close.get)}?" if close else ""
+    known = {other.lower(): other for other in right if re.findall(r"\d+", other) == numbers}
+    completed = (f"{name}head".lower(), f"{name}loss".lower())
+    close = [other for other in completed if other in known]
+    close += difflib.get_close_matches(name.lower(), known, 1, cutoff=0.85)
+    question = f" Did you mean {known[close[0]]}?" if close else ""
     problem = "is missing" if name == "None" else f"there is no {name} here"
     return f"{problem}; {kind} are: {', '.join(sorted(right))}.{question}"
-
-
-def edit_distance(a: str, b: str) -> int:
-    """The number of letters to insert, remove or replace (Levenshtein, 1966)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        above = row
-        row = [i]
-        for j, y in enumerate(b, start=1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
-    return row[-1]
 
 
 def check_keywords(function: Callable, section: dict, place: str) -> None:
@@ -4130,13 +4101,13 @@ def without_fixed(cls, section, place):
     return kept
 
 
-KINDS = {  # the name of a section -> what its `type` names
-    "backbone": "backbones",
-    "neck": "necks",
-    "decode_head": "heads",
-    "auxiliary_head": "heads",
-    "loss_decode": "losses",
-    "sampler": "samplers",
+TABLES = {  # name of a section -> what its `type` names, and where it is looked up
+    "backbone": ("backbones", BACKBONES),
+    "neck": ("necks", NECKS),
+    "decode_head": ("heads", HEADS),
+    "auxiliary_head": ("heads", HEADS),
+    "loss_decode": ("losses", LOSSES),
+    "sampler": ("samplers", SAMPLERS),
 }
 
 
@@ -4148,8 +4119,9 @@ def construct(table: dict[str, type], section: dict, place: str):
     section = {key: value for key, value in section.items() if key != "init_cfg"}
     kind = str(section.pop("type", None)).removeprefix("mmpretrain.")
     if kind not in table:
-        part = place.rstrip(".0123456789").rpartition(".")[-1]
-        raise ConfigError(f"{place}.type: {no_such_type(kind, KINDS.get(part, part), list(table))}")
+        name = place.rstrip(".0123456789").rpartition(".")[-1]
+        kinds, _ = TABLES.get(name, (name, table))
+        raise ConfigError(f"{place}.type: {no_such_type(kind, kinds, list(table))}")
     part_class = table[kind]
     section = without_fixed(part_class, section, place)
     check_keywords(part_class, section, place)
@@ -4172,8 +4144,7 @@ def construct(table: dict[str, type], section: dict, place: str):
 
 # The classes of this file. In one of them, an error of torch means a wrong value in the config; in
 # one that was added to the tables, it is a bug, whose traceback its author needs to see.
-OWN = {c for table in (BACKBONES, NECKS, HEADS, LOSSES, SAMPLERS) for c in table.values()}
-OWN.add(Segmentor)
+OWN = {Segmentor}.union(*(table.values() for _, table in TABLES.values()))
 
 
 def is_invalid_value(error: Exception, part_class: Callable) -> bool:
@@ -4301,14 +4272,6 @@ def build_heads(section, place):
     return construct(HEADS, section, place) if section else None
 
 
-PARTS = {
-    "backbone": BACKBONES,
-    "neck": NECKS,
-    "decode_head": HEADS,
-    "auxiliary_head": HEADS,
-}
-
-
 def with_defaults(cfg: dict) -> dict:
     """A `model` section with the defaults of its classes, which builds the same network.
 
@@ -4342,27 +4305,28 @@ def describe(network: nn.Module) -> list:
     return [re.sub(" at 0x[0-9a-f]+", "", text) for text in found]  # without memory addresses
 
 
-def with_class_defaults(cfg: dict, inherited: bool) -> dict:
-    """inherited: whether to add those of the parents' keywords too."""
+def with_class_defaults(section: dict, inherited: bool, function: Callable = assemble) -> dict:
+    """The keyword arguments of `function` with its defaults and those of the classes they name.
 
-    def complete(section: object, table: dict[str, type]) -> object:
-        if isinstance(section, (list, tuple)):
-            return [complete(item, table) for item in section]
-        if not isinstance(section, dict):
-            return section
-        if table is LOSSES:
-            section = {"type": "CrossEntropyLoss"} | section
-        found = table.get(str(section.get("type")).removeprefix("mmpretrain."))
-        full = section if found is None else section | defaults(found, inherited) | section
-        for key, inner_table in (("loss_decode", LOSSES), ("sampler", SAMPLERS)):
-            if key in full:
-                full[key] = complete(full[key], inner_table)
-        return full
-
-    full = cfg | defaults(assemble) | cfg
-    for key, table in PARTS.items():
-        full[key] = complete(full[key], table)
+    inherited: whether to add the defaults of the parents' keywords too.
+    """
+    full = section | defaults(function, inherited) | section
+    for name in full.keys() & TABLES.keys():
+        full[name] = complete_part(full[name], name, inherited)
     return full
+
+
+def complete_part(part: object, name: str, inherited: bool) -> object:
+    """The section `name`, or the list of several, with the defaults of the classes."""
+    if isinstance(part, (list, tuple)):
+        return [complete_part(item, name, inherited) for item in part]
+    if not isinstance(part, dict):
+        return part
+    if name == "loss_decode":
+        part = {"type": "CrossEntropyLoss"} | part
+    _, table = TABLES[name]
+    found = table.get(str(part.get("type")).removeprefix("mmpretrain."))
+    return with_class_defaults(part, inherited, found) if found else part
 
 
 # ------------------------------------------------------------------------------- Weights from files
