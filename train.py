@@ -249,10 +249,10 @@ def make_config(config: dict, options: Sequence[str], name: str) -> Config:
     config.pop("run", None)  # the record of the command and versions, as RunDir writes it
     for option in options:
         override(config, option)
-    for name, section_class in SECTIONS.items():
-        if isinstance(config.get(name), dict):
-            check_keywords(section_class, config[name], name)
-            config[name] = section_class(**config[name])
+    for section, section_class in SECTIONS.items():
+        if isinstance(config.get(section), dict):
+            check_keywords(section_class, config[section], section)
+            config[section] = section_class(**config[section])
     check_keywords(Config, config, "config")
     if not config.get("work_dir"):
         config["work_dir"] = f"work_dirs/{name}"

@@ -803,6 +803,12 @@ def test_options_are_json_or_python():
     }
 
 
+def test_work_dir_is_named_after_the_config(tiny, tmp_path):
+    del tiny["work_dir"]
+    path = write_config(tiny, tmp_path)
+    assert train.read_config(path).work_dir == f"work_dirs/{path.stem}"
+
+
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 
 
