@@ -3475,29 +3475,33 @@ class PSAHead(DecodeHead):
 class ResidualConvUnit(nn.Module):
     """Two convolutions, each between ReLU and BN, beside a shortcut."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm: bool):
         super().__init__()
-        self.conv1 = ConvModule(channels, channels, 3, act=None)
-        self.conv2 = ConvModule(channels, channels, 3, act=None)
+        self.conv1 = ConvModule(channels, channels, 3, norm=norm, act=None)
+        self.conv2 = ConvModule(channels, channels, 3, norm=norm, act=None)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
 class FeatureFusionBlock(nn.Module):
-    """Adds a finer map, refines the sum and doubles its size."""
+    """Adds a finer map, refines the sum, and upsamples it to `size`, or else to twice its own."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm: bool):
         super().__init__()
         self.project = ConvModule(channels, channels, norm=False, act=None)
-        self.res_conv_unit1 = ResidualConvUnit(channels)
-        self.res_conv_unit2 = ResidualConvUnit(channels)
+        self.res_conv_unit1 = ResidualConvUnit(channels, norm)
+        self.res_conv_unit2 = ResidualConvUnit(channels, norm)
 
-    def forward(self, x: Tensor, finer: Tensor | None = None) -> Tensor:  # (N, channels, h, w)
+    def forward(
+        self, x: Tensor, finer: Tensor | None = None, size: torch.Size | None = None
+    ) -> Tensor:  # (N, channels, h, w)
         if finer is not None:
             x = x + self.res_conv_unit1(resize(finer, x, align_corners=False))
         x = self.res_conv_unit2(x)
-        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        if size is None:
+            size = [2 * side for side in x.shape[2:]]
+        x = F.interpolate(x, size, mode="bilinear", align_corners=True)
         return self.project(x)
 
 
@@ -3506,6 +3510,10 @@ class DPTHead(DecodeHead):
 
     A ViT's four maps (N, embed_dims, h, w) get `post_process_channels` and 4, 2, 1 and 0.5 times
     the size, and are merged from the coarsest on; the logits have about 8 times the size.
+
+    Depth Anything (https://arxiv.org/abs/2401.10891) and UniMatch V2 have no BN, `norm` false, and
+    `match_sizes`: a map is upsampled to the size of the next finer one, even if that is odd.
+    MMSegmentation doubles it and resizes the finer one.
     """
 
     input_transform = "multiple_select"
@@ -3520,6 +3528,8 @@ class DPTHead(DecodeHead):
         *,
         embed_dims: int | None = None,
         post_process_channels: list[int] = (96, 192, 384, 768),
+        norm: bool = True,
+        match_sizes: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -3528,6 +3538,7 @@ class DPTHead(DecodeHead):
             raise UserError("in_channels and post_process_channels need four values each")
         if embed_dims is not None and set(self.in_channels) != {embed_dims}:
             raise UserError(f"in_channels is {self.in_channels}, but embed_dims is {embed_dims}")
+        self.match_sizes = match_sizes
         self.reassemble_blocks = nn.Module()
         self.reassemble_blocks.projects = nn.ModuleList(
             ConvModule(i, o, norm=False, act=None) for i, o in zip(self.in_channels, widths)
@@ -3545,9 +3556,9 @@ class DPTHead(DecodeHead):
             layer = ConvModule(width, self.channels, 3, norm=False, act=None)
             layer.conv.bias = None
             self.convs.append(layer)
-        self.fusion_blocks = nn.ModuleList(FeatureFusionBlock(self.channels) for _ in widths)
+        self.fusion_blocks = nn.ModuleList(FeatureFusionBlock(self.channels, norm) for _ in widths)
         self.fusion_blocks[0].res_conv_unit1 = None  # there is no finer map to add
-        self.project = ConvModule(self.channels, self.channels, 3)
+        self.project = ConvModule(self.channels, self.channels, 3, norm=norm)
 
     def decode(self, xs: list[Tensor]) -> Tensor:
         projects = self.reassemble_blocks.projects
@@ -3555,9 +3566,12 @@ class DPTHead(DecodeHead):
         maps = []  # (N, channels, 4h, 4w), (2h, 2w), (h, w), (h/2, w/2)
         for x, project, rescale, conv in zip(xs, projects, rescales, self.convs, strict=True):
             maps.append(conv(rescale(project(x))))
-        x = self.fusion_blocks[0](maps.pop())
+        sizes = [None] * 4  # what the sum with each map is upsampled to
+        if self.match_sizes:
+            sizes[1:] = [x.shape[2:] for x in maps[:3]]
+        x = self.fusion_blocks[0](maps.pop(), size=sizes.pop())
         for fuse in self.fusion_blocks[1:]:
-            x = fuse(x, maps.pop())
+            x = fuse(x, maps.pop(), sizes.pop())
         return self.project(x)
 
 

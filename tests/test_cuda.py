@@ -53,6 +53,9 @@ def small(name: str, work_dir: Path, **settings) -> dict:
         heads = section.get(key) or []
         for head in heads if isinstance(heads, list) else [heads]:
             head["num_classes"] = 8
+            losses = head.get("loss_decode") or []
+            for loss in losses if isinstance(losses, list) else [losses]:
+                loss.pop("class_weight", None)
     config["data"] = {
         "type": "synthetic",
         "size": [80, 96],
@@ -134,7 +137,8 @@ def train_step(
     sum(found.values()).backward()
     gradients = {}
     for name, parameter in model.named_parameters():
-        gradients[name] = parameter.grad.double().cpu()
+        if parameter.requires_grad:
+            gradients[name] = parameter.grad.double().cpu()
     return {name: loss.detach().double().cpu() for name, loss in found.items()}, gradients
 
 

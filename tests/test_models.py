@@ -865,6 +865,17 @@ def test_pretrained_by_name(offline, tmp_path: Path):
     assert models.load_pretrained(model) is None
 
 
+def test_pretrained_by_hand():
+    """DINOv3's weights: the error says where to ask for the file, and how to name it."""
+    path = ROOT / "configs/linear_dinov3-b_512x512_40k_ade20k.json"
+    model = models.build_on_meta(json.loads(path.read_text())["model"])
+    file = model.pretrained
+    assert file.startswith("dinov3_vitb16_pretrain_lvd1689m-")
+    advice = f"{file} .*dinov3-downloads.*--options model.backbone.pretrained=/path/to/{file}"
+    with pytest.raises(models.ConfigError, match=advice):
+        models.load_pretrained(model)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

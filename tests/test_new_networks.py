@@ -85,6 +85,48 @@ def test_dpt_parity():
     assert gradient_norm(head) == pytest.approx(float(expected["grad_norm"]), rel=1e-8)
 
 
+def test_dpt_of_depth_anything():
+    """Without BN, and with maps of odd sizes, by the formulas of its repository."""
+    widths = [4, 6, 8, 10]
+    options = {"post_process_channels": widths, "norm": False, "match_sizes": True}
+    section = {"in_channels": [12] * 4, "in_index": [0, 1, 2, 3], "channels": 5, "num_classes": 3}
+    head = models.DPTHead(**section, **options).double().eval()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in head.modules())
+    maps = [torch.randn(2, 12, 5, 7, dtype=torch.float64) for _ in range(4)]
+    weight = dict(head.named_parameters())
+
+    def conv(x: Tensor, name: str, **kwargs) -> Tensor:
+        return F.conv2d(x, weight[f"{name}.weight"], weight.get(f"{name}.bias"), **kwargs)
+
+    def unit(x: Tensor, name: str) -> Tensor:
+        y = conv(x.relu(), f"{name}.conv1.conv", padding=1)
+        return x + conv(y.relu(), f"{name}.conv2.conv", padding=1)
+
+    layers = []
+    for i, x in enumerate(maps):
+        x = conv(x, f"reassemble_blocks.projects.{i}.conv")
+        name = f"reassemble_blocks.resize_layers.{i}"
+        if i < 2:
+            factor = [4, 2][i]
+            kernel, bias = weight[f"{name}.weight"], weight[f"{name}.bias"]
+            x = F.conv_transpose2d(x, kernel, bias, stride=factor)
+        elif i == 3:
+            x = conv(x, name, stride=2, padding=1)
+        layers.append(conv(x, f"convs.{i}.conv", padding=1))
+    assert [tuple(x.shape[2:]) for x in layers] == [(20, 28), (10, 14), (5, 7), (3, 4)]
+    x = layers[3]
+    for i in range(4):
+        name = f"fusion_blocks.{i}"
+        if i > 0:
+            x = x + unit(layers[3 - i], f"{name}.res_conv_unit1")
+        size = layers[2 - i].shape[2:] if i < 3 else (40, 56)
+        x = unit(x, f"{name}.res_conv_unit2")
+        x = F.interpolate(x, size, mode="bilinear", align_corners=True)
+        x = conv(x, f"{name}.project.conv")
+    expected = conv(conv(x, "project.conv", padding=1).relu(), "conv_seg")
+    assert torch.allclose(head(maps)[""], expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["unet_s5-d16", "pidnet_s"])
 def test_segmentor_parity(name: str):
     described, expected = reference(name)
