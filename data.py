@@ -29,6 +29,7 @@ import os
 import random
 import resource
 import signal
+import struct
 import tempfile
 import threading
 import time
@@ -45,7 +46,7 @@ from dist_utils import StopSignal, UserError
 # isort: split
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -73,6 +74,12 @@ class DataError(UserError):
 
 # ------------------------------------------------------------------------------------ Reading files
 
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM")  # as Pillow names them
+LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")  # MPO is a JPEG of several pictures
+LOSSLESS_TIFF = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}  # values of the tag Compression
+# Part of the keys of data.cache. To be raised whenever files are read differently.
+READING_VERSION = 2
+
 
 @functools.cache
 def torchvision_decodes() -> bool:
@@ -87,6 +94,17 @@ def torchvision_decodes() -> bool:
         with contextlib.suppress(OSError):
             torch.ops.load_library(path)
     return hasattr(torch.ops.image, "decode_image")
+
+
+@functools.cache
+def decoder_name() -> str:
+    """The package that decodes PNG files; imagecodecs is the fastest, but need not be installed."""
+    with contextlib.suppress(ImportError):
+        import imagecodecs
+
+        if imagecodecs.PNG.available:
+            return "imagecodecs"
+    return "torchvision" if torchvision_decodes() else "Pillow"
 
 
 @contextlib.contextmanager
@@ -114,78 +132,327 @@ def reraise_as_data_error(path: str) -> Iterator[None]:
         ) from None
 
 
-def read(path: str) -> np.ndarray:
-    """Read an image or .npy file as stored, (H, W) or (H, W, C); a palette PNG as its indices."""
+def read(path: str, as_label: bool = False) -> tuple[np.ndarray, bool]:
+    """Read an image or a label, (H, W) or (H, W, C), and whether its last channel is alpha.
+
+    This is what a file means by its content (in brackets, Pillow's name of the mode), as an image
+    with data.in_channels 1, 3 or another number n, and as a label. Whatever is missing, and every
+    other mode and format, is an error.
+
+        content                            1         3          n         label
+        ---------------------------------  --------  ---------  --------  --------------------
+        gray, 8, 16, 32 bits (L, I;16, I)  values    repeated             values
+        gray, 1 bit (1)                    0, 255    repeated             0, 1; Folder.of_bits()
+        gray, 2 or 4 bits (L)              scaled    repeated
+        gray, float (F)                    values    repeated
+        gray and alpha (LA)                gray      repeated   2: both
+        RGB, 8 or 16 bits                            values
+        RGB and alpha (RGBA)                         RGB        4: both
+        palette of grays (P)               grays     repeated             grays
+        palette with a color (P)                     RGB                  indices
+        CMYK, YCbCr                                  to RGB
+        TIFF with several bands or pages             3 bands    n bands
+        .npy (H, W) or (H, W, 1)           values    repeated             integers, bool
+        .npy (H, W, C)                               C = 3      C = n
+        .npy (C, H, W)
+
+    - PNG, JPEG, TIFF, WebP, BMP, GIF and PPM are read, without animations. A label must not be in
+      a lossy format: JPEG, WebP, or TIFF with such a compression.
+    - Image and label are turned upright by EXIF's orientation.
+    - A single color that is marked as transparent (PNG's tRNS) and gamma are ignored.
+    - Each page of a TIFF is a band, except overviews, masks and pages smaller than the first. A
+      TIFF that Pillow would not read whole, such as one of 16 bits and several channels, is read
+      by tifffile if that is installed.
+    """
     with reraise_as_data_error(path):
         if path.endswith(".npy"):
-            array = np.load(path, allow_pickle=False)
-            is_array = isinstance(array, np.ndarray)  # False for a zip archive
-            if not is_array or array.ndim < 2 or array.dtype.kind not in "buif":
-                raise ValueError("it holds no numeric array (H, W) or (H, W, C)")
-            return array
-        with Image.open(path) as image:  # reads only the header; rejects decompression bombs
-            if (
-                image.format in ("PNG", "JPEG")
-                and image.mode in ("L", "LA", "RGB", "RGBA", "I;16")
-                and torchvision_decodes()
-            ):
-                content = torch.ops.image.read_file(path)
-                decoded = torch.ops.image.decode_image(content, 0, False)  # (C, H, W)
-                return decoded.permute(1, 2, 0).numpy()
-            if image.mode in ("CMYK", "YCbCr"):
-                image = image.convert("RGB")
-            if image.format != "TIFF" or image.n_frames == 1:
-                return np.array(image)
-            pages = []  # one channel each
-            for page in range(image.n_frames):
-                image.seek(page)
-                pages.append(np.asarray(image))
-            return np.stack(pages, axis=-1)
+            return read_npy(path), False
+        try:
+            image = Image.open(path, formats=FORMATS)  # the header; rejects decompression bombs
+        except UnidentifiedImageError:
+            if is_tiff(path):
+                return read_with_tifffile(path, as_label)
+            raise
+        with image:
+            if as_label and image.format in LOSSY_FORMATS:
+                raise lossy_label(path, image.format)
+            if image.format == "TIFF":
+                return read_tiff(image, path, as_label)
+            if image.format in ("PNG", "WEBP", "GIF") and image.is_animated:
+                raise ValueError("it is an animation")
+            orientation = exif_orientation(image)
+            array = decode(image, path, as_label)
+            if array is None:
+                array = pixels_of(image, as_label)
+            has_alpha = array.ndim == 3 and array.shape[-1] in (2, 4)
+            return turn_upright(array, orientation), has_alpha
+
+
+def read_npy(path: str) -> np.ndarray:
+    array = np.load(path, allow_pickle=False)
+    is_array = isinstance(array, np.ndarray)  # False for a zip archive
+    if not is_array or array.ndim < 2 or array.dtype.kind not in "buif" or not array.size:
+        raise ValueError("it holds no numeric array (H, W) or (H, W, C)")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def pixels_of(image: Image.Image, as_label: bool = False) -> np.ndarray:
+    """The pixels of a Pillow image, (H, W) or (H, W, C); see the table in read()."""
+    if image.mode == "P":
+        indices = np.array(image)
+        # (entries, 3); Pillow may have read less than 256 of them.
+        palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        is_gray = (palette == palette[:, :1]).all()
+        if as_label and not is_gray:
+            return indices
+        if indices.max() >= len(palette):
+            raise ValueError(f"the color {indices.max()} is not in its palette")
+        return (palette[:, 0] if is_gray else palette)[indices]
+    if image.mode in ("PA", "CMYK", "YCbCr"):
+        image = image.convert("RGB")
+    elif image.mode == "1" and not as_label:
+        image = image.convert("L")
+    elif image.mode not in ("1", "L", "LA", "I", "F", "RGB", "RGBA") and image.mode[:4] != "I;16":
+        raise ValueError(f"images of mode {image.mode} are not read; convert it to RGB")
+    array = np.array(image)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def decode(image: Image.Image, path: str, as_label: bool) -> np.ndarray | None:
+    """Decode a PNG or JPEG that is open in Pillow by a faster decoder, (H, W, C) or (H, W).
+
+    Returns None if there is none for its mode. Checks a PNG in any case.
+    """
+    if image.format not in ("PNG", "JPEG"):
+        return None
+    content = np.fromfile(path, np.uint8)
+    is_png = image.format == "PNG"
+    bits = 8
+    if is_png:
+        check_png(content)
+        bits = content[24]  # of a channel
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
+        return None
+    if as_label and bits < 8:
+        raise ValueError(
+            f"a label of {bits} bits is ambiguous: are its values 0, 1, ... or scaled to 0..255? "
+            "Convert it to 8 bits"
+        )
+    if is_png and decoder_name() == "imagecodecs" and "transparency" not in image.info:
+        import imagecodecs
+
+        return imagecodecs.png_decode(content)
+    if torchvision_decodes():
+        decoded = torch.ops.image.decode_image(torch.from_numpy(content), 0, False)  # (C, H, W)
+        return decoded.permute(1, 2, 0).numpy()
+    if bits == 16 and image.mode != "I;16":
+        raise ValueError("Pillow does not keep 16 bits of it; pip install imagecodecs")
+    return None
+
+
+def check_png(content: np.ndarray) -> None:
+    """Raise ValueError if a PNG is truncated or its checksums are wrong; content: (bytes,) uint8.
+
+    Pillow does not notice all damage, and torchvision's decoder crashes on some.
+    """
+    start = 8  # of a chunk: length, type, data, checksum
+    kind = b""
+    while kind != b"IEND":
+        if start + 12 > len(content):
+            raise ValueError("it is truncated")
+        length, kind = struct.unpack_from(">I4s", content, start)
+        end = start + 8 + length
+        if end + 4 > len(content):
+            raise ValueError("it is truncated")
+        if zlib.crc32(content[start + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
+            raise ValueError("a checksum is wrong")
+        start = end + 4
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8, of a file that has just been opened and not been decoded."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns it
+    orientation = 1
+    with contextlib.suppress(SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+        if image.format == "PNG" and not has_late_exif(image.fp):
+            exif = Image.Image.getexif(image)  # PngImageFile.getexif() would decode the image
+        else:
+            exif = image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def has_late_exif(file) -> bool:
+    """Whether a PNG has EXIF data behind its pixels."""
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 2**16))
+    tail = file.read()
+    file.seek(position)
+    return any(name in tail for name in (b"eXIf", b"Raw profile type exif", b"tiff:Orientation"))
+
+
+def turn_upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo EXIF's orientation of (H, W) or (H, W, C)."""
+    if orientation >= 5:
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
+
+
+def is_tiff(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # + is BigTIFF
+
+
+def bands_of_tiff(pages: list[tuple[int, Size]]) -> list[int]:
+    """Which pages of a TIFF are its bands, by their tag NewSubfileType and size."""
+    _, first_size = pages[0]
+    bands = []
+    for number, (subfile_type, size) in enumerate(pages):
+        if math.prod(size) > math.prod(first_size):
+            raise ValueError(f"its page {number + 1} is larger than the first")
+        is_overview_or_mask = subfile_type & 0b101
+        if size == first_size and not is_overview_or_mask:
+            bands.append(number)
+    if not bands or bands[0] > 0:
+        raise ValueError("its first page is an overview or a mask")
+    return bands
+
+
+def read_tiff(image: Image.Image, path: str, as_label: bool) -> tuple[np.ndarray, bool]:
+    """As read()."""
+    pages = []
+    for number in range(image.n_frames):
+        image.seek(number)
+        pages.append((image.tag_v2.get(254, 0), image.size))
+    bands = []
+    for number in bands_of_tiff(pages):
+        image.seek(number)
+        if not pillow_keeps(image):
+            return read_with_tifffile(path, as_label)
+        if as_label and image.tag_v2.get(259, 1) not in LOSSLESS_TIFF:
+            raise lossy_label(path, f"TIFF with the compression {image.info.get('compression')}")
+        if as_label and image.mode == "L" and max(image.tag_v2.get(258, (8,))) < 8:
+            raise ValueError("a label of 2 or 4 bits is ambiguous; convert it to 8 bits")
+        bands.append(pixels_of(image, as_label))
+    if len(bands) > 1:
+        return np.stack(bands, axis=-1), False
+    return bands[0], image.mode in ("LA", "RGBA")
+
+
+def pillow_keeps(page: Image.Image) -> bool:
+    """Whether Pillow reads all channels and bits of this page of a TIFF, and their signs."""
+    is_inverted = page.tag_v2.get(262) == 0
+    bits = max(page.tag_v2.get(258, (1,)))
+    samples = page.tag_v2.get(277, 1)
+    sample_format = page.tag_v2.get(339, (1,))[0]
+    if bits == 8 and sample_format == 2 or bits == 32 and sample_format == 1:
+        return False  # int8, uint32
+    if bits > 8 and (is_inverted or samples > 1):
+        return False
+    return samples == len(page.getbands())
+
+
+def read_with_tifffile(path: str, as_label: bool) -> tuple[np.ndarray, bool]:
+    """As read()."""
+    try:
+        import tifffile
+    except ImportError:
+        raise DataError(
+            f"{path}: Pillow does not read this TIFF, or not all of its bits and channels. "
+            "`pip install tifffile imagecodecs`, or convert it to .npy (H, W, C)"
+        ) from None
+    try:
+        with tifffile.TiffFile(path) as file:
+            sizes = [(page.subfiletype, (page.imagelength, page.imagewidth)) for page in file.pages]
+            pages = [file.pages[number] for number in bands_of_tiff(sizes)]
+            bands = [page.asarray() for page in pages]
+    except Exception as error:  # of many types, if a file is damaged
+        raise ValueError(error) from None
+    for number, page in enumerate(pages):
+        if as_label and page.compression not in LOSSLESS_TIFF:
+            raise lossy_label(path, f"TIFF with the compression {page.compression.name}")
+        if page.photometric not in (1, 2) or 1 in page.extrasamples:
+            raise ValueError(f"{page.photometric.name}, or alpha that is multiplied, is not read")
+        if page.axes == "SYX":  # one channel after another
+            bands[number] = np.moveaxis(bands[number], 0, -1)
+        elif page.axes not in ("YX", "YXS"):
+            raise ValueError(f"its axes are {page.axes}")
+        orientation = page.tags.valueof(274, 1)
+        bands[number] = turn_upright(bands[number], orientation)
+    if len(bands) > 1:
+        return np.stack(bands, axis=-1), False
+    return bands[0], tuple(pages[0].extrasamples) == (2,)
+
+
+def lossy_label(path: str, kind: str) -> DataError:
+    return DataError(
+        f"{path}: a label must not be {kind}, because lossy compression changes the values of its "
+        "pixels, which are classes. Make PNG files of the original labels; converting this file "
+        "does not restore it"
+    )
 
 
 def read_image(path: str, channels: int) -> np.ndarray:
-    """Read an image as (H, W, channels) uint8, uint16 or float32.
-
-    For 3 channels, grayscale is repeated and alpha is dropped.
-    """
-    image = read(path)
-    if image.ndim == 2 and image.dtype == np.uint8 and channels == 3 and not path.endswith(".npy"):
-        with reraise_as_data_error(path), Image.open(path) as source:
-            if source.mode == "P":
-                image = np.array(source.convert("RGB"))
-    return with_channels(image, channels, path)
+    """Read an image as (H, W, channels) uint8, uint16 or float32; see the table in read()."""
+    image, has_alpha = read(path)
+    return with_channels(image, channels, path, has_alpha)
 
 
-def with_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
-    """An image (H, W) or (H, W, C) as (H, W, channels) uint8, uint16 or float32; see read_image.
+def with_channels(
+    image: np.ndarray, channels: int, name: str, has_alpha: bool = False
+) -> np.ndarray:
+    """An image (H, W) or (H, W, C) as (H, W, channels) uint8, uint16 or float32; see read().
 
     Raises DataError, which calls the image `name`.
     """
     if image.ndim == 2:
         image = image[..., None]
-    if channels == 3 and image.shape[-1] in (1, 2):
-        image = image[..., :1].repeat(3, axis=-1)
-    elif (image.shape[-1], channels) in ((4, 3), (2, 1)):
-        image = image[..., :channels]
+    if has_alpha and image.shape[-1] != channels:
+        image = image[..., :-1]
+    if channels == 3 and image.shape[-1] == 1:
+        image = image.repeat(3, axis=-1)
     if image.ndim != 3 or image.shape[-1] != channels:
+        hint = (
+            "Set data.in_channels, data.mean, data.std and the backbone's in_channels to the "
+            "number of channels of the images"
+        )
+        if image.ndim == 3 and image.shape[0] < min(image.shape[1:]):
+            hint = "If the channels come first, save it as array.transpose(1, 2, 0)"
         raise DataError(
-            f"{name}: the image has shape {image.shape}, but data.in_channels is {channels}. Set "
-            "data.in_channels, data.mean, data.std and the backbone's in_channels to the number of "
-            "channels of the images"
+            f"{name}: the image has shape {image.shape}, but data.in_channels is {channels}. {hint}"
         )
     if image.dtype in (np.uint8, np.uint16):
         return image
     return image.astype(np.float32, copy=False)
 
 
+def image_size(path: str) -> Size:
+    """(height, width) of an image as read() gives it; reads only the header if possible."""
+    with reraise_as_data_error(path):
+        if path.endswith(".npy"):
+            return np.load(path, mmap_mode="r").shape[:2]
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+                return (width, height) if exif_orientation(image) >= 5 else (height, width)
+        except UnidentifiedImageError:
+            return read(path)[0].shape[:2]
+
+
 def read_label(path: str) -> np.ndarray:
-    """Read a label as (H, W) integers, the values in the file."""
-    label = read(path)
+    """Read a label as (H, W) integers, see the table in read(); bool if it is a file of 1 bit."""
+    label, _ = read(path, as_label=True)
     if label.ndim == 3 and label.shape[-1] == 1:
         label = label[..., 0]
-    if label.dtype == bool:
+    if path.endswith(".npy") and label.dtype == bool:
         label = label.astype(np.uint8)
-    if label.ndim != 2 or label.dtype.kind not in "ui":
+    if label.ndim != 2 or label.dtype.kind not in "bui":
         raise DataError(
             f"{path}: a label must hold one integer per pixel, its class, but this file holds "
             f"{label.dtype} of shape {label.shape}. If it shows classes as colors, convert it to "
@@ -443,12 +710,8 @@ class Folder:
         return self.paths(i)[0]
 
     def size(self, i: int) -> Size:
-        """(height, width) of the image; reads only the header, except for .npy."""
-        path = self.name(i)
-        if path.endswith(".npy"):
-            return self.load(i)[1].shape
-        with reraise_as_data_error(path), Image.open(path) as image:
-            return image.size[::-1]
+        """(height, width) of the image; reads only the header if possible."""
+        return image_size(self.name(i))
 
     def load(self, i: int) -> Sample:
         """Decode image (H, W, in_channels) uint8, uint16 or float32, and label (H, W) uint8.
@@ -458,6 +721,8 @@ class Folder:
         image_path, label_path = self.paths(i)
         image = read_image(image_path, self.in_channels)
         label = read_label(label_path)
+        if label.dtype == bool:
+            label = self.of_bits(label, label_path)
         if image.shape[:2] != label.shape:
             raise DataError(
                 f"{image_path} is {image.shape[1]}x{image.shape[0]}, but its label {label_path} is "
@@ -474,6 +739,21 @@ class Folder:
             raise DataError(self.explain_bad_values(label, label_path))
         return image, classes
 
+    def of_bits(self, label: np.ndarray, path: str) -> np.ndarray:
+        """The values of a label file of 1 bit a pixel.
+
+        Black is 0. White is 1 if the classes are 0 and 1, or 255 if they are 0 and 255. With other
+        classes it may be either, as programs that compress PNG files store 0 and 255 in this way.
+        """
+        if set(self.values) == {0, 255}:
+            return label * np.uint8(255)
+        if label.any() and not set(self.values) <= {0, 1}:
+            raise DataError(
+                f"{path}: this label of 1 bit a pixel is ambiguous: white may be 1 or 255. Convert "
+                "it to 8 bits"
+            )
+        return label.astype(np.uint8)
+
     @property
     def settings(self) -> tuple:
         """What decides, beside the files, what load() returns."""
@@ -481,7 +761,7 @@ class Folder:
 
     def stamp(self) -> str:
         """A hash that changes with the labels: their paths, sizes and times, and their meaning."""
-        digest = hashlib.sha256(self.table.tobytes())
+        digest = hashlib.sha256(self.table.tobytes() + bytes([READING_VERSION]))
         for i in range(len(self)):
             _, path = self.paths(i)
             with reraise_as_data_error(path):
@@ -1378,7 +1658,7 @@ class CachedDataset:
             stamp = [[status.st_size, status.st_mtime_ns] for status in map(os.stat, paths)]
         except OSError:
             return self.dataset.load(i)  # raises an error that explains the problem
-        key = repr((paths, *self.dataset.settings))
+        key = repr((READING_VERSION, paths, *self.dataset.settings))
         path = os.path.join(self.folder, hashlib.sha256(key.encode()).hexdigest() + ".sample")
         sample = self.read(path, stamp)
         if sample is None:

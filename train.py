@@ -46,13 +46,16 @@ import models
 from data import (
     DATASETS,
     IGNORE,
+    INVALID,
     ConcatSection,
     Data,
     DataError,
     as_array,
     check_every_sample,
+    decoder_name,
     find_images,
     images_of_any_size,
+    pixels_of,
     read_image,
     unlabeled_batch,
     with_channels,
@@ -1419,6 +1422,8 @@ def palette_image(classes: Tensor, palette: Sequence) -> Image.Image:
     """A map of classes (H, W) as an image with a palette. Ignored pixels are black."""
     colors = np.zeros((256, 3), np.uint8)
     colors[: len(palette)] = palette
+    # This index is never used. Without any color, data.read() would take the grays for the values.
+    colors[INVALID] = [255, 0, 0]
     image = Image.fromarray(classes.byte().cpu().numpy())
     image.putpalette(colors.tobytes())
     return image
@@ -1895,10 +1900,12 @@ class Predictor:
                 pixels = read_image(str(image), self.data.in_channels)
         else:
             if isinstance(image, Image.Image):
-                image = ImageOps.exif_transpose(image)
-                if image.mode in ("P", "CMYK", "YCbCr"):
-                    image = image.convert("RGB")
-            pixels = with_channels(as_array(image), self.data.in_channels, "the image")
+                pixels = pixels_of(ImageOps.exif_transpose(image))
+                has_alpha = image.mode in ("LA", "RGBA")
+            else:
+                pixels = as_array(image)
+                has_alpha = False
+            pixels = with_channels(pixels, self.data.in_channels, "the image", has_alpha)
         return self.predict_batch(unlabeled_batch(pixels, self.settings.scale))
 
     @torch.inference_mode()
@@ -2649,7 +2656,8 @@ def announce(
         place += f" ({torch.cuda.get_device_name(device)})"
     for line in (
         network,
-        f"data: {data.type}, {', '.join(sizes)}; {len(data.classes)} classes",
+        f"data: {data.type}, {', '.join(sizes)}; {len(data.classes)} classes; PNG files decoded by "
+        f"{decoder_name()}",
         f"{batch}, in {precision} {place}",
         f"work_dir: {config.work_dir}",
     ):

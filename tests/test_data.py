@@ -543,7 +543,8 @@ def test_bits_and_wide_integers_are_labels_too(folder):
     bits = np.zeros(SIZES[0], bool)
     bits[:, ::2] = True
     write_first_label(folder, bits)  # a PNG with one bit a pixel
-    assert classes_in(Data(**folder).train) == [0, 1]
+    assert classes_in(Data(**folder | {"classes": ["no", "yes"]}).train) == [0, 1]
+    assert "ambiguous" in error_of_first_sample(folder)
 
     first_label(folder).unlink()
     path = first_label(folder).with_suffix(".npy")
