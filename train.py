@@ -15,9 +15,11 @@ import fcntl
 import functools
 import importlib.metadata
 import inspect
+import io
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -2095,11 +2097,8 @@ def export(predict: Predictor, path: Path) -> list[str]:
     is_8_bit = max(data.mean.max(), data.std.max()) <= 255
     dtype = torch.uint8 if is_8_bit else torch.float32
     program, batch_size = trace(network, data.in_channels, dtype)
-    if path.suffix == ".onnx":
-        content = to_onnx(program)
-        atomic_write(path, lambda file: file.write(content))
-    else:
-        atomic_write(path, lambda file: torch.export.save(program, file))
+    content = to_onnx(program) if path.suffix == ".onnx" else to_pt2(program)
+    atomic_write(path, lambda file: file.write(content))
     lines = [f"wrote {path}: image ({batch_size}, {data.in_channels}, H, W) {dtype} -> classes"]
     lines += check_exported(network, path, data.in_channels, dtype)
     if predict.settings.scale or predict.settings.mode == "slide":
@@ -2167,6 +2166,38 @@ def to_onnx(program: torch.export.ExportedProgram) -> bytes:
         raise ConfigError(
             f"this network cannot be converted to ONNX: {error}\nExport it as a .pt2 file instead"
         ) from error
+
+
+def to_pt2(program: torch.export.ExportedProgram) -> bytes:
+    replace_ceil(program.graph)
+    file = io.BytesIO()
+    try:
+        torch.export.save(program, file)
+    except Exception as error:  # the serializer raises many kinds
+        raise ConfigError(
+            f"torch.export cannot save this network: {error}\nExport it as an .onnx file instead"
+        ) from error
+    return file.getvalue()
+
+
+def replace_ceil(graph: torch.fx.Graph) -> None:
+    """Writes ceil(a / b) as -(-a // b), because torch.export.save lacks ceil of sizes.
+
+    timm's networks with weights from TensorFlow compute their padding with it.
+    """
+    for node in graph.find_nodes(op="call_function", target=math.ceil):
+        division = node.args[0]
+        if division.target is not operator.truediv:
+            continue
+        numerator, denominator = division.args
+        with graph.inserting_before(node):
+            negative = graph.call_function(operator.neg, (numerator,))
+            quotient = graph.call_function(operator.floordiv, (negative, denominator))
+        negative.meta["val"] = -numerator.meta["val"]
+        quotient.meta["val"] = negative.meta["val"] // denominator
+        node.target = operator.neg
+        node.args = (quotient,)
+    graph.eliminate_dead_code()
 
 
 def check_exported(

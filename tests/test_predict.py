@@ -1,6 +1,7 @@
 """Use of what was trained: prediction of files and in notebooks, tiles, exported networks."""
 
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -340,6 +341,30 @@ def test_export_of_torch(tmp_path, capsys):
     classes = exported(torch.stack([image, image.flip(2), image]))
     assert classes.dtype == torch.uint8
     assert (classes[0].numpy() != predict(array[:90])).sum() <= 5
+
+
+class SamePadding(torch.nn.Module):
+    """A convolution with TensorFlow's padding, computed as in timm."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_channels = 3
+        self.conv = torch.nn.Conv2d(3, 8, 3, 2)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        padding = []
+        for size in (image.shape[3], image.shape[2]):
+            total = max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0)
+            padding += [total // 2, total - total // 2]
+        return self.conv(torch.nn.functional.pad(image, padding))
+
+
+def test_export_of_padding_by_ceil(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models.BACKBONES, "SamePadding", SamePadding)
+    config = tiny_config(tmp_path / "work")
+    head = {"type": "FCNHead", "in_channels": 8, "in_index": 0, "channels": 8, "num_classes": 8}
+    config["model"] = {"backbone": {"type": "SamePadding"}, "decode_head": head}
+    check_export(config, tmp_path / "net.pt2", capsys)
 
 
 @pytest.mark.optional("onnx", "onnxscript", "onnxruntime")
