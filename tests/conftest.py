@@ -34,6 +34,19 @@ SERVER.set_forkserver_preload(
 )
 
 
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
+NEED_TIMM = [
+    name for name in CONFIGS if '"TimmBackbone"' in (ROOT / f"configs/{name}.json").read_text()
+]
+each_config = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.optional("timm")) if name in NEED_TIMM else name
+        for name in CONFIGS
+    ],
+)
+
+
 def skip(reason: str) -> None:
     """Skips the test; fails it where REQUIRE_ALL is set, as in CI."""
     if os.environ.get("REQUIRE_ALL"):

@@ -21,6 +21,7 @@ from conftest import (
     assert_same,
     assert_same_run,
     checkpoint,
+    each_config,
     files_of,
     iterations,
     last_iteration,
@@ -809,12 +810,9 @@ def test_work_dir_is_named_after_the_config(tiny, tmp_path):
     assert train.read_config(path).work_dir == f"work_dirs/{path.stem}"
 
 
-CONFIGS = sorted((ROOT / "configs").glob("*.json"))
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_builds(path):
-    config = train.load_config(path)
+@each_config
+def test_every_config_builds(name):
+    config = train.load_config(ROOT / f"configs/{name}.json")
     with torch.device("meta"):
         assert models.build_model(config["model"]).num_classes > 1
 
