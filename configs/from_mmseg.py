@@ -315,7 +315,10 @@ def refuse_unknown_types(model: dict) -> None:
     for place, name in leaves(model, "model"):
         if not place.endswith(".type") or "_cfg." in place:
             continue
-        if str(name).removeprefix("mmpretrain.") not in known:
+        name = str(name).removeprefix("mmpretrain.")
+        if name == "VisionTransformer":
+            lacking.append(f"MMSegmentation's VisionTransformer, only timm's ({place})")
+        elif name not in known:
             lacking.append(f"{name} ({place})")
     if lacking:
         raise UserError(

@@ -226,10 +226,13 @@ def measure_step(args: argparse.Namespace) -> dict:
 
     loop = []
     bare = []
+    core_seconds = time.process_time()
     for _ in range(args.steps):
         loop.append(seconds_per_iteration(trainer.train_step))
         bare.append(seconds_per_iteration(trainer.bare_step))
 
+    # Of all threads: with OMP_NUM_THREADS=1 about the same on a machine that is busy.
+    core_seconds = time.process_time() - core_seconds
     seconds = statistics.median(loop)
     return {
         "config": args.config,
@@ -241,6 +244,7 @@ def measure_step(args: argparse.Namespace) -> dict:
         "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "process_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "bare_s_per_iter": statistics.median(bare),
+        "core_s_per_iter": core_seconds / (2 * repeats * args.steps),
         "loop_over_bare": statistics.median(a / b for a, b in zip(loop, bare)),
     }
 

@@ -399,6 +399,9 @@ def test_unknown_networks_are_listed() -> None:
         convert(config)
     for name in ("BEiT (model.backbone", "JPU (model.neck", "TverskyLoss (model.aux"):
         assert name in str(error.value)
+    change(config, 'model.backbone.type = "VisionTransformer"')
+    with pytest.raises(UserError, match="only timm's \\(model.backbone.type"):
+        convert(config)
 
 
 def test_notes() -> None:

@@ -397,6 +397,15 @@ def test_benchmark_commands():
         assert f'"{flag}"' in source, flag
 
 
+def test_figures_of_networks_are_those_of_the_zoo():
+    rows = re.findall(
+        r"^\| (\w[\w-]*_\w+) \| ([\d.]+ \| [\d.]+) \| [\d.]+ \|$", TESTS, re.MULTILINE
+    )
+    assert rows
+    for name, figures in rows:
+        assert re.search(rf"^\| {name} \|.* \| {re.escape(figures)} \| ", ZOO, re.MULTILINE), name
+
+
 def test_variables_are_read():
     files = (ROOT / "tests").glob("*.py")
     sources = "".join(path.read_text() for path in files)
