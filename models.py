@@ -531,10 +531,17 @@ class DiceLoss(Loss):
     """
 
     NAME = "loss_dice"
-    FIXED = {"activate": [True], "naive_dice": [False]}
+    FIXED = {"activate": [True], "naive_dice": [False], "class_weight": [None]}
 
-    def __init__(self, *, use_sigmoid: bool = True, eps: float = 1e-3, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        use_sigmoid: bool = True,
+        eps: float = 1e-3,
+        loss_weight: float = 1.0,
+        loss_name: str | None = None,
+    ):
+        super().__init__(loss_weight=loss_weight, loss_name=loss_name)
         self.use_sigmoid = use_sigmoid
         self.eps = eps
 
@@ -622,6 +629,8 @@ class LovaszLoss(Loss):
             raise UserError(
                 f'classes is {classes!r}; it can be "present", "all" or a list of class indices'
             )
+        if loss_type == "binary" and (self.class_weight is not None or classes != "present"):
+            raise UserError('class_weight and classes need loss_type "multi_class"')
         self.binary = loss_type == "binary"
         self.classes = classes
         self.whole_batch = not per_image
@@ -709,6 +718,7 @@ class BoundaryLoss(Loss):
 
     NAME = "loss_boundary"
     depends_on_batch = True
+    FIXED = {"class_weight": [None]}
 
     def __init__(self, *, loss_weight: float = 1.0, loss_name: str | None = None):
         super().__init__(loss_weight=loss_weight, loss_name=loss_name)
@@ -1181,7 +1191,7 @@ class HRNet(Backbone):
 
     def __init__(self, *, extra: dict, **kwargs):
         super().__init__(4, **kwargs)
-        check_keywords(make_hr_stages, extra, "extra")
+        check_parameters("HRNet", keywords(make_hr_stages), extra, "extra")
         first, *stages = make_hr_stages(**extra)
         self.conv1 = conv3x3(self.in_channels, 64, stride=2)
         self.bn1 = nn.BatchNorm2d(64)
@@ -2081,38 +2091,33 @@ class ViT(Backbone):
         if not torch.compiler.is_exporting() and h == w == side:
             return grid
         # Matrix products, as the gradient of F.interpolate is not deterministic on CUDA.
-        unit = torch.eye(side, dtype=grid.dtype, device=grid.device)[None, None]
-        options = {"mode": "bicubic", "antialias": self.interpolate_antialias}
-        weights = []  # (h, side), (w, side)
-        for size in (h, w):
-            target = {"size": (size, side)}
-            if self.interpolate_offset and torch.compiler.is_exporting():
-                weights.append(self.weights_with_offset(unit, size))
-                continue
-            if self.interpolate_offset:
-                target = {"scale_factor": ((size + self.interpolate_offset) / side, 1.0)}
-            weights.append(F.interpolate(unit, **target, **options)[0, 0])
+        rows = self.interpolation(h, side, grid)  # (h, side)
+        columns = self.interpolation(w, side, grid)  # (w, side)
         with without_autocast(grid.device):
-            y = (weights[0] @ grid.reshape(side, -1)).view(h, side, -1)
-            return (weights[1] @ y).view(1, h * w, -1)
+            y = (rows @ grid.reshape(side, -1)).view(h, side, -1)
+            return (columns @ y).view(1, h * w, -1)
+
+    def interpolation(self, size: int, side: int, grid: Tensor) -> Tensor:
+        """Matrix (size, side) of the bicubic interpolation from `side` positions to `size`."""
+        like = {"dtype": grid.dtype, "device": grid.device}
+        unit = torch.eye(side, **like)[None, None]
+        if self.interpolate_offset and torch.compiler.is_exporting():
+            # torch.export would fix the scale factor of F.interpolate, but not this grid.
+            rows = (2 * torch.arange(size, **like) + 1) / (size + self.interpolate_offset)
+            columns = (2 * torch.arange(side, **like) + 1) / side
+            points = torch.stack(torch.meshgrid(columns - 1, rows - 1, indexing="xy"), 2)
+            points = points.unsqueeze(0)  # (1, size, side, 2)
+            return F.grid_sample(unit, points, "bicubic", "border", align_corners=False)[0, 0]
+        target = {"size": (size, side)}
+        if self.interpolate_offset:
+            target = {"scale_factor": ((size + self.interpolate_offset) / side, 1.0)}
+        options = {"mode": "bicubic", "antialias": self.interpolate_antialias}
+        return F.interpolate(unit, **target, **options)[0, 0]
 
     def layer_names(self):
         tokens = (*self.extra_tokens, "mask_token", "pos_embed")
         blocks = [(f"blocks.{i}.",) for i in range(len(self.blocks))]
         return [(*tokens, "patch_embed.", "norm_pre."), *blocks]
-
-    def weights_with_offset(self, unit: Tensor, size: int) -> Tensor:
-        """Bicubic interpolation of `unit` by (size + interpolate_offset) / side: (size, side).
-
-        torch.export fixes the scale factors of F.interpolate, but not the grid of grid_sample.
-        """
-        side = unit.shape[3]
-        like = {"device": unit.device, "dtype": unit.dtype}
-        rows = (2 * torch.arange(size, **like) + 1) / (size + self.interpolate_offset)
-        columns = (2 * torch.arange(side, **like) + 1) / side
-        grid = torch.stack(torch.meshgrid(columns - 1, rows - 1, indexing="xy"), 2)
-        grid = grid.unsqueeze(0)  # (1, size, side, 2)
-        return F.grid_sample(unit, grid, "bicubic", "border", align_corners=False)[0, 0]
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         """Without timm's classifier and a norm that only DINOv3's own training uses."""
@@ -2753,8 +2758,8 @@ class DecodeHead(nn.Module):
         self.align_corners = align_corners
         self.check_inputs()
         self.check_outputs()
+        self.map_channels = in_channels  # of each map
         if self.input_transform == "resize_concat":
-            self.concat_channels = in_channels  # of each map
             self.in_channels = sum(in_channels)
         if self.out_channels > 1:
             self.threshold = 0.5  # the class with the largest logit
@@ -2817,10 +2822,7 @@ class DecodeHead(nn.Module):
         if self.input_transform is None:
             check_maps(features, [self.in_channels], [self.in_index])
             return features[self.in_index]
-        channels = self.in_channels
-        if self.input_transform == "resize_concat":
-            channels = self.concat_channels
-        check_maps(features, channels, self.in_index)
+        check_maps(features, self.map_channels, self.in_index)
         selected = [features[i] for i in self.in_index]
         if self.input_transform == "resize_concat":
             return self.concat(selected)
@@ -4125,12 +4127,30 @@ TABLES = {  # name of a section -> what its `type` names, and where it is looked
 }
 
 
+def named_weights(init_cfg: object) -> object:
+    """The weights that MMSegmentation's `init_cfg` names, which is a section or a list of them."""
+    if isinstance(init_cfg, (list, tuple)):
+        return next(filter(None, map(named_weights, init_cfg)), None)
+    return init_cfg.get("checkpoint") if isinstance(init_cfg, dict) else None
+
+
+def check_init_cfg(init_cfg: object, place: str) -> None:
+    """Raise ConfigError if an `init_cfg` names weights. All else in it is automatic here."""
+    name = named_weights(init_cfg)
+    if name:
+        raise ConfigError(
+            f"{place}.init_cfg: {name!r} is not loaded here. Name weights of the backbone in "
+            "model.backbone.pretrained, those of the whole network by --load-from"
+        )
+
+
 def construct(table: dict[str, type], section: dict, place: str):
     """Build `table[type](**keywords)` from a section {"type": type, **keywords}.
 
     place: where the section stands in the config; error messages begin with it.
     """
-    section = {key: value for key, value in section.items() if key != "init_cfg"}
+    section = dict(section)
+    check_init_cfg(section.pop("init_cfg", None), place)
     kind = str(section.pop("type", None)).removeprefix("mmpretrain.")
     if kind not in table:
         name = place.rstrip(".0123456789").rpartition(".")[-1]
@@ -4224,16 +4244,18 @@ def build_model(cfg: dict) -> Segmentor:
             f"model.type: is {kind!r}; it can be EncoderDecoder or CascadeEncoderDecoder, or left "
             "out"
         )
-    for key in ("num_stages", "init_cfg"):  # automatic
-        cfg.pop(key, None)
+    cfg.pop("num_stages", None)  # of a cascade: the number of its heads
+    check_init_cfg(cfg.pop("init_cfg", None), "model")
     for name in PASTED:
         check_pasted_section(name, cfg.pop(name, None) or {})
-    check_keywords(assemble, cfg, "model")
+    check_parameters(kind, keywords(assemble), cfg, "model")
     return assemble(**cfg)
 
 
 def check_pasted_section(name: str, section: dict) -> None:
     """Raise ConfigError if one of the sections in PASTED has a key that cannot be honored."""
+    if not isinstance(section, dict):
+        raise ConfigError(f"model.{name}: is {section!r}, should be of type dict")
     for key, value in section.items():
         place = f"model.{name}.{key}"
         if key not in PASTED[name]:
@@ -4261,10 +4283,8 @@ def assemble(
             'model.decode_head: is empty; name a head, such as {"type": "FCNHead", ...}'
         )
     backbone = dict(backbone)
-    init_cfg = backbone.get("init_cfg")
-    pretrained = backbone.pop("pretrained", None) or pretrained
-    if not pretrained and isinstance(init_cfg, dict):
-        pretrained = init_cfg.get("checkpoint")
+    weights = named_weights(backbone.pop("init_cfg", None))
+    pretrained = backbone.pop("pretrained", None) or pretrained or weights
     if not isinstance(pretrained, str | None):
         raise ConfigError(
             f"model.backbone.pretrained: is {pretrained!r}, should be the name of weights, a URL, "

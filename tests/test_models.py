@@ -916,7 +916,7 @@ def test_pretrained_backbone_of_a_checkpoint(tmp_path: Path):
     content["state_dict"]["head.fc.weight"] = torch.zeros(3)
     path = tmp_path / "classifier.pth"
     torch.save(content, path)
-    init_cfg = {"type": "Pretrained", "checkpoint": str(path)}
+    init_cfg = [{"type": "Kaiming"}, {"type": "Pretrained", "checkpoint": str(path)}]
     model = small_model("BasicBlock", init_cfg=init_cfg, in_channels=4)
     report = models.load_pretrained(model)
     assert "conv1.weight (4, 3, 7, 7) in the file, (4, 4, 7, 7) here" in report
@@ -1016,6 +1016,16 @@ def test_weights_of_a_model_of_other_sizes():
         ("decode_head", {"loss_decode": {"loss_weight": "1"}}, r"\.loss_decode\.loss_weight"),
         (
             "decode_head",
+            {"loss_decode": {"type": "DiceLoss", "class_weight": [1.0] * 5}},
+            r"\.loss_decode\.class_weight: is .* always None",
+        ),
+        (
+            "decode_head",
+            {"loss_decode": {"type": "LovaszLoss", "loss_type": "binary", "class_weight": [2.0]}},
+            r"\.loss_decode: class_weight and classes need loss_type",
+        ),
+        (
+            "decode_head",
             {"sampler": {"type": "OHEMPixelSampler", "tresh": 1}},
             r"\.sampler\.tresh: .*did you mean thresh",
         ),
@@ -1043,6 +1053,7 @@ def test_error_in_a_section(section: str, change: dict, message: str):
     [
         ({"decode_heads": {}}, r"model\.decode_heads: .*did you mean decode_head\?"),
         ({"type": "PointRend"}, r"model\.type: is 'PointRend'"),
+        ({"init_cfg": {"type": "Pretrained", "checkpoint": "a.pth"}}, r"model\.init_cfg: 'a.pth'"),
     ],
 )
 def test_error_beside_the_sections(change: dict, message: str):
