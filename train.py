@@ -380,7 +380,8 @@ def check_pasted(config: Config) -> None:
 
     for place, (key, value) in decided_here.items():
         section, name = place.split(".")
-        pasted = (config.model.get(section) or {}).get(name)
+        pasted = config.model.get(section)
+        pasted = pasted.get(name) if isinstance(pasted, dict) else None  # build_model checks that
         if pasted is not None and plain(pasted) != plain(value):
             raise ConfigError(
                 f"model.{place} is {plain(pasted)!r}, but {key}, which decides here, is "
@@ -539,7 +540,7 @@ def build_optimizer(
     known = keywords(optimizer_class)
     known.pop("params")
     known["paramwise"] = keywords(build_optimizer)["paramwise"]
-    check_parameters(type, known, {"lr": lr} | options, "optimizer")
+    check_parameters(type, known, {"lr": lr, "paramwise": paramwise} | options, "optimizer")
     defaults = inspect.signature(optimizer_class).parameters
     weight_decay = 0.0
     if "weight_decay" in defaults:
@@ -936,11 +937,7 @@ def compare_classes(checkpoint: dict, classes: list[str]) -> str:
 
     Empty if they do not, but for the case and the spaces in their names, or if it names none.
     """
-    found = checkpoint
-    for key in ("meta", "dataset_meta"):
-        if isinstance(found.get(key), dict):
-            found = found[key]
-    trained = found.get("classes") or found.get("CLASSES") or classes
+    trained = data_set_meta(checkpoint).get("classes") or classes
     for number, (theirs, ours) in enumerate(itertools.zip_longest(trained, classes)):
         if re.sub(r"[\W_]+", "", str(theirs)).lower() != re.sub(r"[\W_]+", "", str(ours)).lower():
             return (
@@ -949,6 +946,15 @@ def compare_classes(checkpoint: dict, classes: list[str]) -> str:
                 f"there, {ours!r} here"
             )
     return ""
+
+
+def data_set_meta(checkpoint: dict) -> dict:
+    """The part of a checkpoint, ours or MMSegmentation's, with `classes` and `palette`."""
+    found = checkpoint
+    for key in ("meta", "dataset_meta"):
+        if isinstance(found.get(key), dict):
+            found = found[key]
+    return {str(key).lower(): value for key, value in found.items()}  # CLASSES before version 1.0
 
 
 def resume(state: TrainState, path: str | Path, checkpoint: dict, config: Config) -> list[str]:
@@ -1963,12 +1969,9 @@ def config_of(checkpoint: dict, path: str | Path, options: Sequence[str] = ()) -
 
 def classes_of(checkpoint: dict, data: Data) -> tuple[list[str], list[list[int]]]:
     """Names and colors of the classes: of the checkpoint, or else of the config's data set."""
-    meta = checkpoint.get("meta") or {}  # of MMSegmentation's checkpoints
-    for found in (checkpoint, meta.get("dataset_meta") or {}):
-        if found.get("classes") and found.get("palette"):
-            return list(found["classes"]), [list(color) for color in found["palette"]]
-    if meta.get("CLASSES") and meta.get("PALETTE"):  # before MMSegmentation 1.0
-        return list(meta["CLASSES"]), [list(color) for color in meta["PALETTE"]]
+    found = data_set_meta(checkpoint)
+    if found.get("classes") and found.get("palette"):
+        return list(found["classes"]), [list(color) for color in found["palette"]]
     return data.classes, data.palette
 
 
@@ -2050,15 +2053,13 @@ def write_prediction(
 def overlay(
     image: Tensor, label: Image.Image, classes: Sequence[str], palette: Sequence
 ) -> Image.Image:
-    """The image (C, h, w) blended with its label, at most 2048 pixels wide and high, and a legend.
+    """The image (C, h, w) under the colors of its label, at most 2048 pixels wide and high.
 
-    The legend names the classes that occur, with their share of the pixels.
+    A legend names the classes that occur, with their share of the pixels.
     """
     factor = min(1.0, 2048 / max(label.size))
     size = [max(1, round(side * factor)) for side in label.size]
-    picture = Image.blend(
-        as_rgb(image).resize(size), label.resize(size, Image.Resampling.NEAREST).convert("RGB"), 0.5
-    )
+    picture = paint(as_rgb(image).resize(size), label, palette)
     shares = np.array(label.histogram()) / (label.width * label.height)
     found = np.flatnonzero(shares[: len(classes)])
     names = [f"{classes[index]} {100 * shares[index]:.1f} %" for index in found]
@@ -2694,7 +2695,8 @@ def announce(
     ):
         run_dir.log(wrap_line(line))
     run_dir.log(*notes)
-    run_dir.log(*map(wrap_line, batch_warnings(model, data) + setting_warnings(config, data)))
+    warned = batch_warnings(model, data) + setting_warnings(config, data, model)
+    run_dir.log(*map(wrap_line, warned))
     if not args.eval_only:
         run_dir.log(what_is_to_come(state, args, config))
 
@@ -2793,7 +2795,7 @@ def batch_warnings(model: Segmentor, data: Data) -> list[str]:
     ]
 
 
-def setting_warnings(config: Config, data: Data) -> list[str]:
+def setting_warnings(config: Config, data: Data, model: Segmentor) -> list[str]:
     """Says which settings are possible, but hardly meant."""
     found = []
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -2809,6 +2811,14 @@ def setting_warnings(config: Config, data: Data) -> list[str]:
             f"warning: schedule.warmup_iters is {warmup_iters}, but max_iters {max_iters}: the "
             "learning rate never reaches optimizer.lr"
         )
+    names = [name for name, _ in model.named_parameters()]
+    rules, _, _ = parse_paramwise(config.optimizer.get("paramwise") or {})
+    for part in rules:
+        if not any(part in name for name in names):
+            found.append(
+                f"warning: optimizer.paramwise.{part} changes nothing, as it is part of no "
+                "parameter's name"
+            )
     return found
 
 

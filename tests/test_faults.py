@@ -171,6 +171,9 @@ def test_bad_option(tiny, tmp_path, option, parts):
         ("schedule.iterations=1", ["schedule.iterations"], "iteration?"),
         ("optimizer.param=1", ["optimizer.param"], "params"),
         ("optimizer.paramwize=null", ["did you mean paramwise?"], "params"),
+        ("optimizer.paramwise=[1]", ["optimizer.paramwise: is [1], should be of type"], "mean"),
+        ("model.test_cfg=slide", ["model.test_cfg: is 'slide', should be of type dict"], "mean"),
+        ("model.train_cfg=1", ["model.train_cfg: is 1, should be of type dict"], "mean"),
         ("model.decode_head.threshold=0.4", ["threshold", "8 output channels"], "mean"),
     ],
 )

@@ -401,17 +401,21 @@ def test_lines_of_the_log_are_short():
 def test_settings_that_are_hardly_meant_are_named(tiny, tmp_path, recwarn):
     tiny["data"]["workers"] = 500
     tiny["schedule"] |= {"warmup": "linear", "warmup_iters": 7}
+    tiny["optimizer"]["paramwise"] = {"decode_head": {"lr_mult": 10}, "hed": {"lr_mult": 10}}
     config = train.read_config(write_config(tiny, tmp_path))
+    model = models.build_model(config.model)
     data = train.Data(**config.data)
     data.train_batches()
-    first, second = train.setting_warnings(config, data)
+    first, second, third = train.setting_warnings(config, data, model)
     assert "data.workers is 500" in first
     assert "schedule.warmup_iters is 7, but max_iters 6" in second
+    assert "optimizer.paramwise.hed changes nothing" in third
     assert not recwarn.list
     tiny["data"]["workers"] = 1
     tiny["schedule"]["warmup_iters"] = 6
+    del tiny["optimizer"]["paramwise"]
     config = train.read_config(write_config(tiny, tmp_path))
-    assert train.setting_warnings(config, train.Data(**config.data)) == []
+    assert train.setting_warnings(config, train.Data(**config.data), model) == []
 
 
 # -------------------------------------------------------------------------------------- Evaluation
