@@ -33,6 +33,7 @@ import struct
 import tempfile
 import threading
 import time
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -470,15 +471,37 @@ def scan(root: str, folder: str, suffix: str | None) -> dict[str, str]:
     """
     path_of = {}
     for path, ending in walk(os.path.join(root, folder), suffix):
-        name = path[: -len(ending)]
+        name = composed(path[: -len(ending)])
         path = os.path.join(folder, path)
         other = path_of.setdefault(name, path)
-        if other != path:
+        if other == path:
+            continue
+        if composed(other) == composed(path):
             raise DataError(
-                f"{root}: {other} and {path} have the same name. Choose one of them by "
-                "data.image_suffix or data.label_suffix"
+                f"{root}: {ascii(other)} and {ascii(path)} are the same name in two Unicode forms. "
+                "Rename or remove one of them"
             )
+        raise DataError(
+            f"{root}: {other} and {path} have the same name. Choose one of them by "
+            "data.image_suffix or data.label_suffix"
+        )
     return path_of
+
+
+def composed(name: str) -> str:
+    """A name in the Unicode form NFC. macOS writes file names in NFD, other systems in NFC."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def check_encoding(path: str) -> None:
+    """Raise DataError if a path is not UTF-8, as it could not be logged."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{ascii(path)}: this name is not UTF-8 text. Rename it; convmv -f latin1 -t utf8 "
+            "--notest -r FOLDER does so for all files in a folder"
+        ) from None
 
 
 def walk(top: str, suffix: str | None) -> Iterator[tuple[str, str]]:
@@ -488,19 +511,59 @@ def walk(top: str, suffix: str | None) -> Iterator[tuple[str, str]]:
             f"{top}: there is no such folder. Check data.root and the names of the folders in it"
         )
 
-    def on_error(error: OSError) -> None:
+    # Folders to search, each with the real paths of the folders on the way to it.
+    pending = [(top, [os.path.realpath(top)])]
+    while pending:
+        folder, parents = pending.pop()
+        below = "" if folder == top else os.path.relpath(folder, top)
+        for entry in entries_of(folder):
+            if entry.is_dir():
+                pending.append((entry.path, [*parents, real_path(entry, parents)]))
+                continue
+            ending = os.path.splitext(entry.name)[1] if suffix is None else suffix
+            known = suffix is not None or ending.lower() in SUFFIXES
+            if not known or not entry.name.endswith(ending):
+                continue
+            check_encoding(entry.path)
+            if not entry.is_file():
+                raise DataError(f"{entry.path}: this is neither a file nor a folder. Remove it")
+            yield os.path.join(below, entry.name), ending
+
+
+def entries_of(folder: str) -> list[os.DirEntry]:
+    """The files and folders in `folder` that are not hidden, sorted by name."""
+    check_encoding(folder)
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
         raise DataError(
             f"{error.filename}: cannot be read ({error.strerror}). Make it readable, or remove it "
             "from the data set"
-        )
+        ) from None
+    for entry in found:
+        if entry.is_symlink() and not os.path.exists(entry):
+            raise DataError(
+                f"{ascii(entry.path)}: this link leads to {ascii(os.readlink(entry))}, which "
+                "cannot be reached. Restore that, or remove the link"
+            )
+    return sorted(found, key=lambda entry: entry.name)
 
-    for parent, subfolders, files in os.walk(top, onerror=on_error, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for file in files:
-            ending = os.path.splitext(file)[1] if suffix is None else suffix
-            known = suffix is not None or ending.lower() in SUFFIXES
-            if not file.startswith(".") and known and file.endswith(ending):
-                yield os.path.relpath(os.path.join(parent, file), top), ending
+
+def real_path(folder: os.DirEntry, parents: list[str]) -> str:
+    """The real path of a folder that was found in the last of `parents`, which are real paths.
+
+    Raises DataError for a link by which a search would run in a circle.
+    """
+    if not folder.is_symlink():
+        return os.path.join(parents[-1], folder.name)
+    real = os.path.realpath(folder)
+    if any(os.path.commonpath([real, parent]) == real for parent in parents):
+        raise DataError(
+            f"{folder.path}: this link leads to {real}, a folder that contains it, so a search "
+            "would never end. Remove the link"
+        )
+    return real
 
 
 def find_images(paths: list[str]) -> dict[str, str]:
@@ -512,6 +575,7 @@ def find_images(paths: list[str]) -> dict[str, str]:
     name_of = {}
     for path in paths:
         path = os.path.abspath(os.path.expanduser(path))
+        check_encoding(path)
         if os.path.isfile(path):
             name_of.setdefault(path, os.path.splitext(os.path.basename(path))[0])
             continue
@@ -540,6 +604,12 @@ def images_of_any_size() -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------- Data sets
 
+LIST_HINT = (
+    "A line holds either a name, which is the path below data.images without suffix, or the paths "
+    "of image and label below data.root, separated by a space, or by a tab if they contain spaces. "
+    "If other columns follow a name, set data.first_column=true"
+)
+
 
 class Folder:
     """Images and labels in two folders, paired by name, or pairs listed in a file.
@@ -550,7 +620,9 @@ class Folder:
     classes: the names of the classes.
     images, labels: the two folders; their subfolders are searched too.
     files: a text file with one sample per line: either a name (the path below `images` without
-        suffix), or the paths of image and label below root, separated by a space or a tab.
+        suffix), or the paths of image and label below root, separated by a space or a tab. A line
+        that is repeated is a sample that comes as often in training, and counts once in evaluation.
+    first_column: a line of `files` is a name and other columns, which are not read.
     image_suffix, label_suffix: what follows the name that image and label have in common, such as
         `_leftImg8bit.png`. Default: any known suffix.
     palette: [red, green, blue] for each class. Default: Pascal VOC's colors.
@@ -574,6 +646,7 @@ class Folder:
         images: str = "images/{split}",
         labels: str = "labels/{split}",
         files: str | None = None,
+        first_column: bool = False,
         image_suffix: str | None = None,
         label_suffix: str | None = None,
         palette: list[list[int]] | None = None,
@@ -597,6 +670,7 @@ class Folder:
             if len(color) != 3 or not 0 <= min(color) <= max(color) <= 255:
                 raise DataError("data.palette: a color is [red, green, blue], each in 0..255")
         self.root = os.path.abspath(root)
+        self.first_column = first_column
         self.classes = list(classes)
         self.palette = palette
         self.values = flatten(values)
@@ -627,17 +701,19 @@ class Folder:
         """Find the paths of images and labels, sorted so that every machine has the same order."""
         image_of = scan(self.root, images, image_suffix)  # name -> path
         label_of = scan(self.root, labels, label_suffix)
-        pairs = set()
-        names = set(image_of)
+        pairs = []
+        names = list(image_of)
         if files:
             pairs, names = self.read_list(files, image_of)
+        else:
+            self.check_folders(image_of)
 
         hint = ""
         unused = sorted(label_of.keys() - image_of.keys())
         if unused:
             example = os.path.join(self.root, label_of[unused[0]])
             hint = f"{len(unused)} labels have no image, such as {example}. "
-        unlabeled = sorted(names - label_of.keys())
+        unlabeled = sorted(set(names) - label_of.keys())
         if unlabeled:
             raise DataError(
                 f"{len(unlabeled)} of {len(names)} images have no label: for "
@@ -653,11 +729,31 @@ class Folder:
             )
         if hint and not files:
             warnings.warn(hint, stacklevel=2)
-        return sorted(pairs.union((image_of[name], label_of[name]) for name in names))
+        pairs += [(image_of[name], label_of[name]) for name in names]
+        for image, label in pairs:
+            if os.path.normpath(image) == os.path.normpath(label):
+                raise DataError(
+                    f"{os.path.join(self.root, image)} is both an image and its own label. Correct "
+                    "data.labels, or set data.image_suffix and data.label_suffix"
+                )
+        return sorted(pairs)
+
+    def check_folders(self, image_of: dict[str, str]) -> None:
+        """Raise DataError if, by a link, a folder of images is found twice."""
+        found = {}
+        for folder in sorted({os.path.dirname(path) for path in image_of.values()}):
+            path = os.path.join(self.root, folder)
+            other = found.setdefault(os.path.realpath(path), path)
+            if other != path:
+                raise DataError(
+                    f"{other} and {path} are the same folder, by a link, so each of its images "
+                    "would be two samples. Remove the link; to repeat samples on purpose, repeat "
+                    "their lines in data.files"
+                )
 
     def read_list(
         self, files: str, image_of: dict[str, str]
-    ) -> tuple[set[tuple[str, str]], set[str]]:
+    ) -> tuple[list[tuple[str, str]], list[str]]:
         """Read the list of samples: the pairs of paths and the names in it."""
         path = os.path.join(self.root, files)
         if not os.path.isfile(path):
@@ -668,35 +764,41 @@ class Folder:
                 lines = file.read().splitlines()
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: is not UTF-8 text ({error}). Save it as UTF-8") from None
-        pairs = set()
-        names = set()
+        pairs = []
+        names = []
         for number, line in enumerate(lines, start=1):
             line = line.strip()
             columns = line.split("\t") if "\t" in line else line.split()
-            if line in image_of:
-                names.add(line)
+            if self.first_column and columns:
+                line = columns[0]
+                columns = [line]
+            if composed(line) in image_of:
+                names.append(composed(line))
             elif len(columns) == 2:
-                for column in columns:
-                    self.check_listed_path(column, f"{path}, line {number}")
-                pairs.add((os.path.normpath(columns[0]), os.path.normpath(columns[1])))
-            elif columns and columns[0] in image_of:  # a name followed by other columns
-                names.add(columns[0])
+                place = f"{path}, line {number}"
+                image, label = (self.listed_path(column, place) for column in columns)
+                pairs.append((image, label))
             elif columns:
                 raise DataError(
-                    f"{path}, line {number}: there is no image named {columns[0]} in the folder "
-                    "data.images"
+                    f"{path}, line {number}: there is no image named {line} in the folder "
+                    f"data.images. {LIST_HINT}"
                 )
         return pairs, names
 
-    def check_listed_path(self, path: str, place: str) -> None:
-        """Raise DataError if the listed file is missing or outside root; `place` names the line."""
-        full = os.path.normpath(os.path.join(self.root, path))
-        if os.path.commonpath([self.root, full]) != self.root:
-            raise DataError(
-                f"{place}: {path} is outside data.root ({self.root}), so it is not read"
-            )
-        if not os.path.isfile(full):
-            raise DataError(f"{place}: there is no file {full}")
+    def listed_path(self, path: str, place: str) -> str:
+        """The listed path below root, in the Unicode form that it has on the disk.
+
+        Raises DataError if the file is missing or outside root; `place` names the line.
+        """
+        for form in (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)):
+            full = os.path.normpath(os.path.join(self.root, form))
+            if os.path.commonpath([self.root, full]) != self.root:
+                raise DataError(
+                    f"{place}: {path} is outside data.root ({self.root}), so it is not read"
+                )
+            if os.path.isfile(full):
+                return os.path.relpath(full, self.root)
+        raise DataError(f"{place}: there is no file {os.path.join(self.root, path)}. {LIST_HINT}")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -729,6 +831,15 @@ class Folder:
                 f"{label.shape[1]}x{label.shape[0]}. Both must have the same size: was one of them "
                 "scaled or rotated?"
             )
+        return image, self.classes_of(label, label_path)
+
+    def load_label(self, i: int) -> np.ndarray:
+        """Decode the label alone; see load()."""
+        _, path = self.paths(i)
+        return self.classes_of(read_label(path), path)
+
+    def classes_of(self, label: np.ndarray, path: str) -> np.ndarray:
+        """The classes (H, W) uint8 of the values in a label file. Raises DataError."""
         values = label
         in_range = True
         if label.dtype != np.uint8:
@@ -736,8 +847,8 @@ class Folder:
             in_range = (values == label).all()
         classes = translate(values, self.table)
         if not in_range or (classes == INVALID).any():
-            raise DataError(self.explain_bad_values(label, label_path))
-        return image, classes
+            raise DataError(self.explain_bad_values(label, path))
+        return classes
 
     def of_bits(self, label: np.ndarray, path: str) -> np.ndarray:
         """The values of a label file of 1 bit a pixel.
@@ -790,11 +901,15 @@ class Folder:
             )
         elif bad == [len(self.classes)]:
             hint = (
-                f"If {bad[0]} means 'ignore', set data.ignore_index={bad[0]}; if the classes start "
-                "at 1, set data.reduce_zero_label=true"
+                f"If {bad[0]} means 'ignore', set data.ignore_index={bad[0]}. If 0 is the "
+                "background, name it first in data.classes; if 0 means 'ignore' and the classes "
+                "start at 1, set data.reduce_zero_label=true"
             )
         elif bad == [0]:
-            hint = "If 0 means 'ignore', set data.ignore_index=0"
+            hint = (
+                "If 0 means 'ignore', set data.ignore_index=0; if it is a class, add it to "
+                "data.classes and data.values"
+            )
         else:
             hint = "Correct the file, or the list in data.classes"
         return (
@@ -822,16 +937,17 @@ def voc_palette(count: int) -> list[list[int]]:
 def in_fold(pairs: np.ndarray, split: str, fold: tuple[int, int], seed: int) -> np.ndarray:
     """Which of the samples (samples, 2) belong to a split of a fold: (samples,) bool."""
     k, n = fold
-    # A sample that is listed twice must not be in both splits.
-    unique, number = np.unique(pairs, axis=0, return_inverse=True)
+    # A sample that is listed twice must not be in both splits, and counts once in evaluation.
+    unique, first, number = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
     if split not in ("train", "val") or not 0 <= k < n or not 2 <= n <= len(unique):
         raise DataError(
             f"data.fold: [{k}, {n}] of {len(unique)} samples, split {split}; expected [k, n] with "
             "0 <= k < n, n from 2 to the number of samples, and one of the splits train and val"
         )
     part = np.random.default_rng(seed).permutation(len(unique)) % n
-    is_val = part[number.ravel()] == k
-    return is_val if split == "val" else ~is_val
+    if split == "val":
+        return np.isin(np.arange(len(pairs)), first[part == k])
+    return part[number.ravel()] != k
 
 
 def flatten(values: list[int | list[int]]) -> list[int]:
@@ -858,14 +974,22 @@ def class_table(
             f"data.values: {values} contains a value twice or an empty list, so one of its classes "
             "would never occur"
         )
-    table = np.full(256, INVALID, np.uint8)
-    table[IGNORE] = IGNORE
     if reduce_zero_label:
-        table[0] = IGNORE
+        ignored = [0, *ignored]
+    # 255 is a class if `values` contains it.
+    lost = [value for value in ignored if value in flat and value != IGNORE]
+    if lost:
+        raise DataError(
+            f"data: the value {lost[0]} is ignored (ignore_index, reduce_zero_label), but it is "
+            f"also that of a class (values: {values}), which would never occur. Take either the "
+            "value from those that are ignored, or the class from data.classes, and set "
+            "data.values to the values of the classes"
+        )
+    table = np.full(256, INVALID, np.uint8)
+    table[ignored] = IGNORE
+    table[IGNORE] = IGNORE
     for c, value in enumerate(values):
         table[value] = c
-    # 255 is left out, because it is a class if `values` contains it.
-    table[[value for value in ignored if value != IGNORE]] = IGNORE
     return table
 
 
@@ -1036,6 +1160,7 @@ def oxford_pet(split: str, *, root: str, download: bool = False) -> Folder:
         image_suffix=".jpg",
         labels="annotations/trimaps",
         files="annotations/{split}.txt",
+        first_column=True,
         reduce_zero_label=True,
         classes=["pet", "background", "border"],
     )
@@ -1351,6 +1476,7 @@ class Concat:
     def __init__(self, split: str, *, datasets: list[dict], in_channels: int = 3):
         self.parts = []
         self.tables = []  # for each part see class_table()
+        self.missing = []  # the classes of the first data set that no part has
         self.weights = []
         other_split = "val" if split == "train" else "train"
         for number, keywords in enumerate(datasets):
@@ -1376,7 +1502,11 @@ class Concat:
                 self.weights.append(section.weight)
         if not self.parts:
             raise DataError(f"data.datasets: none of them has samples for the split {split}")
-        self.ends = np.cumsum([len(part) for part in self.parts])
+        found = set()
+        for part, table in zip(self.parts, self.tables):
+            classes = np.arange(len(part.classes))
+            found.update((classes if table is None else table[classes]).tolist())
+        self.missing = [name for c, name in enumerate(self.classes) if c not in found]
         given = [weight for weight in self.weights if weight is not None]
         if min(given, default=1) <= 0 or len(given) not in (0, len(self.weights)):
             raise DataError(
@@ -1438,10 +1568,16 @@ class Concat:
             indices.append(np.concatenate(orders)[start : start + count])
         return np.concatenate(indices)
 
+    @property
+    def ends(self) -> np.ndarray:
+        """For each part the index that follows that of its last sample."""
+        return np.cumsum([len(part) for part in self.parts])
+
     def locate(self, i: int) -> tuple[int, int]:
         """The part that holds sample i, and the sample's index in it."""
-        part = int(np.searchsorted(self.ends, i, side="right"))
-        return part, i - int(self.ends[part]) + len(self.parts[part])
+        ends = self.ends
+        part = int(np.searchsorted(ends, i, side="right"))
+        return part, i - int(ends[part]) + len(self.parts[part])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -1461,6 +1597,12 @@ class Concat:
         if self.tables[part] is not None:
             label = translate(label, self.tables[part])
         return image, label
+
+    def load_label(self, i: int) -> np.ndarray:
+        """Load the label alone; see load()."""
+        part, index = self.locate(i)
+        label = load_label(self.parts[part], index)
+        return label if self.tables[part] is None else translate(label, self.tables[part])
 
     def stamp(self) -> str | None:
         """As Folder.stamp(); None if a part is not read from files."""
@@ -1607,6 +1749,21 @@ def build_dataset(kind: str, split: str, in_channels: int, keywords: dict):
     return dataset
 
 
+def drop_repeats(dataset) -> None:
+    """Let each sample of a list in which lines are repeated count once, as an evaluation must."""
+    for part in dataset.parts if isinstance(dataset, Concat) else [dataset]:
+        if not isinstance(part, Folder):
+            continue
+        pairs = list(dict.fromkeys(map(tuple, part.pairs.tolist())))
+        if len(pairs) < len(part):
+            warnings.warn(
+                f"{len(part) - len(pairs)} lines of the list of validation samples are repeated; "
+                f"each of the {len(pairs)} samples counts once",
+                stacklevel=2,
+            )
+            part.pairs = np.array(pairs)
+
+
 # -------------------------------------------------------------------------------------------- Cache
 
 
@@ -1741,18 +1898,41 @@ class SampleStatistics(Dataset):
 
     def __getitem__(self, i: int) -> tuple[list[int], list[list[float]], str]:
         try:
+            if not self.of_images:
+                return label_histogram(load_label(self.dataset, i)).tolist(), [], ""
             image, label = self.dataset.load(i)
         except DataError as error:
             return [0] * 256, [], str(error)
-        histogram = np.bincount(label.ravel(), minlength=256).tolist()
-        if not self.of_images:
-            return histogram, [], ""
-        values = image.reshape(-1, image.shape[-1]).astype(float)  # (pixels, C)
-        sums = [values.sum(0).tolist(), np.einsum("nc,nc->c", values, values).tolist()]
+        histogram = label_histogram(label).tolist()
+        sums = np.zeros((2, image.shape[-1]))
+        for rows in in_parts(image):
+            values = rows.reshape(-1, image.shape[-1]).astype(float)  # (pixels, C)
+            sums += [values.sum(0), np.einsum("nc,nc->c", values, values)]
+        sums = sums.tolist()
         problem = ""
         if not np.isfinite(sums).all():
             problem = f"{self.dataset.name(i)}: the image holds values that are NaN or infinite"
         return histogram, sums, problem
+
+
+def in_parts(array: np.ndarray, pixels: int = 2**22) -> Iterator[np.ndarray]:
+    """Yield the rows of an array (H, W, ...), so many at a time that they have about `pixels`."""
+    count = max(1, pixels // array.shape[1])
+    for top in range(0, len(array), count):
+        yield array[top : top + count]
+
+
+def label_histogram(label: np.ndarray) -> np.ndarray:
+    """The pixels (256,) of each value in a label (H, W) uint8."""
+    # np.bincount takes eight times the memory of what it counts.
+    return sum(np.bincount(rows.ravel(), minlength=256) for rows in in_parts(label))
+
+
+def load_label(dataset, i: int) -> np.ndarray:
+    """The label (H, W) uint8 of a sample, without its image if the data set can do so."""
+    if hasattr(dataset, "load_label"):
+        return dataset.load_label(i)
+    return dataset.load(i)[1]
 
 
 def stamp_of(dataset) -> str | None:
@@ -2423,6 +2603,8 @@ class Data:
     cache: a folder on a local disk for decoded samples. None: decode the files every time.
     rare_classes: the temperature of RareClassSampler, such as 0.01, by which images with rare
         classes come more often. None: every image comes once in an epoch.
+    allow_overlap: accept training images among the validation images, for example to see whether a
+        network can overfit.
     """
 
     def __init__(
@@ -2444,6 +2626,7 @@ class Data:
         std: list[float] = IMAGENET_STD,
         cache: str | None = None,
         rare_classes: float | None = None,
+        allow_overlap: bool = False,
         train_split: str = "train",
         val_split: str = "val",
         seed: int = 0,
@@ -2458,6 +2641,7 @@ class Data:
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self.cache = cache
         self.rare_classes = rare_classes
+        self.allow_overlap = allow_overlap
         self.train_split = train_split
         self.val_split = val_split
         self.sampling = {
@@ -2506,17 +2690,25 @@ class Data:
         self.std = self.std.to(device)
         return self
 
-    def build_dataset(self, split: str):
+    def build_dataset(self, split: str, is_scored: bool):
         dataset = build_dataset(self.type, split, self.in_channels, self.dataset_keywords)
+        if len(dataset.classes) < 2:
+            raise DataError(
+                f"data.classes: {dataset.classes} is a single class, but the background is a class "
+                'too. Name both, as in data.classes=["background", "crack"], set num_classes to 2, '
+                "and if the masks hold other values than 0 and 1, data.values, such as [0, 255]"
+            )
+        if is_scored:
+            drop_repeats(dataset)
         return cached(dataset, self.cache) if self.cache else dataset
 
     @functools.cached_property
     def train(self):
-        return self.build_dataset(self.train_split)
+        return self.build_dataset(self.train_split, is_scored=False)
 
     @functools.cached_property
     def val(self):
-        return self.build_dataset(self.val_split)
+        return self.build_dataset(self.val_split, is_scored=True)
 
     @functools.cached_property
     def val_sizes(self) -> list[Size]:
@@ -2657,23 +2849,54 @@ class Data:
     def check(self, train: bool = True, val: bool = True, count: int = 8) -> None:
         """Decode `count` samples of each of these splits; raise DataError if one cannot be used.
 
-        Also raises DataError if training crops would be mostly padding. Counts the classes if
-        data.rare_classes needs them.
+        Also raises DataError if training crops would be mostly padding, if the labels show a single
+        class, or if the splits share images. Counts the classes if data.rare_classes needs them.
         """
+        if train and val:
+            self.check_overlap()
         if train:
+            missing = self.train.missing if isinstance(self.train, Concat) else []
+            if missing:
+                raise DataError(
+                    f"data.datasets: no part of the training split has the class {missing[0]}, so "
+                    "it would never occur. Correct class_map or splits, or leave out the class"
+                )
             self.samples.dataset_index(0)
-            shapes = self.check_split(self.train, count)
+            shapes, counts = self.check_split(self.train, count)
+            check_classes(self.train, counts, is_certain=True)
         if val:
-            self.check_split(self.val, count)
+            _, counts = self.check_split(self.val, count, is_first=not train)
+            check_classes(self.val, counts, is_certain=not train)
         if train:
             self.check_crop_size(shapes)
             if self.sampling["transforms"]:
                 self.samples.sample(0)
 
-    def check_split(self, dataset, count: int) -> list[Size]:
-        """Decode `count` samples, spread over the split, and return their (height, width)."""
+    def check_overlap(self) -> None:
+        """Raise DataError if images are both for training and for validation."""
+        if self.allow_overlap:
+            return
+        val_images = image_files(self.val)
+        common = common_files(image_files(self.train), val_images)
+        if common:
+            raise DataError(
+                f"{len(common)} of {len(val_images)} validation images are training images too, "
+                f"such as {common[0]}, so their score does not show how the network does on other "
+                "images. Correct data.val_split, data.images or data.files, or set data.fold. If "
+                "it is on purpose, set data.allow_overlap=true"
+            )
+
+    def check_split(
+        self, dataset, count: int, is_first: bool = True
+    ) -> tuple[list[Size], np.ndarray]:
+        """Decode `count` samples, spread over the split.
+
+        is_first: compare the values of the images with data.mean and data.std.
+        Returns their (height, width), and the pixels (256,) of each class in them.
+        """
         shapes = []
-        histogram = np.zeros(256, int)
+        counts = np.zeros(256, int)
+        moments = []
         indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
         for i in indices.astype(int).tolist():
             image, label = dataset.load(i)
@@ -2683,10 +2906,31 @@ class Data:
                     f"data.in_channels is {self.in_channels}"
                 )
             shapes.append(label.shape)
-            histogram += np.bincount(label.ravel(), minlength=256)
-        if looks_like_mask(histogram, dataset):
-            warnings.warn(f"{dataset.name(0)} and others: {MASK_HINT}", stacklevel=3)
-        return shapes
+            counts += label_histogram(label)
+            few = image[::4, ::4].astype(float)
+            moments.append([few.mean((0, 1)), np.square(few).mean((0, 1))])
+        if is_first:
+            self.check_normalization(np.mean(moments, axis=0), len(shapes))
+        return shapes, counts
+
+    def check_normalization(self, moments: np.ndarray, count: int) -> None:
+        """Warn if the images would not have a mean near 0 and a standard deviation near 1.
+
+        moments: (2, C), the means of the values of `count` images and of their squares.
+        """
+        mean, std = mean_and_std(moments)
+        set_mean = self.mean.flatten().cpu().numpy()
+        set_std = self.std.flatten().cpu().numpy()
+        distance = np.max(np.abs(mean - set_mean) / set_std)
+        spread = np.max(std / set_std)
+        is_scaled = (set_std != 1).any()  # otherwise the values are used as they are, on purpose
+        if is_scaled and (distance > 10 or spread > 10 or 0 < spread < 0.02):
+            warnings.warn(
+                f"data.mean and data.std ({as_keys(set_mean, set_std)}) do not fit the values of "
+                f"the images. Those of {count} images are {as_keys(mean, std)}; --check-data "
+                "prints those of all",
+                stacklevel=4,
+            )
 
     def check_crop_size(self, shapes: list[Size]) -> None:
         """Raise DataError if no image (height, width) fills a quarter of a crop at any ratio."""
@@ -2706,14 +2950,94 @@ class Data:
 
 # ------------------------------------------------------------------------------ Checks and pictures
 
-MASK_HINT = (
-    "the labels hold only 0 and 255, and 255 is ignored. If they are black and white masks, set "
-    "data.values=[0, 255]; otherwise one of the two classes never occurs"
-)
+
+def image_files(dataset) -> list[str]:
+    """The image file of each sample; none for a data set that does not name its files."""
+    if isinstance(dataset, Concat):
+        return [path for part in dataset.parts for path in image_files(part)]
+    if isinstance(dataset, CachedDataset):
+        dataset = dataset.dataset
+    if isinstance(dataset, Folder):
+        return [os.path.join(dataset.root, path) for path in dataset.pairs[:, 0].tolist()]
+    if isinstance(dataset, PlainDataset) and hasattr(dataset.dataset, "paths"):
+        return [dataset.paths(i)[0] for i in range(len(dataset))]
+    return []
 
 
-def looks_like_mask(histogram: np.ndarray, dataset) -> bool:
-    return len(dataset.classes) == 2 and np.flatnonzero(histogram).tolist() == [0, IGNORE]
+def common_files(first: list[str], second: list[str], most: int = 1000) -> list[str]:
+    """Those files of `second` that are in `first` as well, links to folders followed.
+
+    Links to files are followed for files of the same name, up to `most` of them.
+    """
+    real_folder = functools.cache(os.path.realpath)
+    found = {}  # name -> the real paths of the files of `first` that have it
+    for path in first:
+        folder, name = os.path.split(path)
+        found.setdefault(name, set()).add(real_folder(folder))
+    common = []
+    namesakes = []
+    for path in second:
+        folder, name = os.path.split(path)
+        if real_folder(folder) in found.get(name, ()):
+            common.append(path)
+        elif name in found:
+            namesakes.append(path)
+    for path in namesakes[:: len(namesakes) // most + 1]:
+        name = os.path.basename(path)
+        others = [os.path.join(folder, name) for folder in itertools.islice(found[name], 10)]
+        if any(os.path.samefile(path, other) for other in others):
+            common.append(path)
+    return common
+
+
+def check_classes(dataset, counts: np.ndarray, is_certain: bool) -> None:
+    """Raise DataError if the labels show no more than one class, as then nothing can be learned.
+
+    counts: (256,) the pixels of each class in some labels. If they show one class, the others are
+        searched for a second one.
+    is_certain: otherwise it is a warning, as a few validation images may well show one class.
+    """
+    seen = counts > 0
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    for i in tqdm(order, "looking for a second class", leave=False, delay=1):
+        if seen[: len(dataset.classes)].sum() > 1:
+            return
+        seen |= label_histogram(load_label(dataset, i)) > 0
+    problem = single_class_problem(dataset, seen)
+    if problem and is_certain:
+        raise DataError(problem)
+    if problem:
+        warnings.warn(problem, stacklevel=3)
+
+
+def single_class_problem(dataset, seen: np.ndarray) -> str:
+    """What is wrong if the labels show no more than one class, or "".
+
+    seen: (256,) bool, which classes and ignored pixels the labels show.
+    """
+    classes = np.flatnonzero(seen[: len(dataset.classes)])
+    if len(classes) > 1:
+        return ""
+    found = "every pixel is ignored"
+    if len(classes):
+        found = f"every pixel is of the class {dataset.classes[classes[0]]!r}"
+        found += " or ignored" if seen[IGNORE] else ""
+    problem = f"{dataset.name(0)} and all others: {found}, so there is nothing to tell apart"
+    folder = dataset.dataset if isinstance(dataset, CachedDataset) else dataset
+    if not isinstance(folder, Folder):
+        return problem
+    values = set()
+    for i in range(min(8, len(folder))):
+        values.update(np.unique(read_label(folder.paths(i)[1])).tolist())
+    values = sorted(values)
+    ignored = [value for value in values if folder.table[value] == IGNORE]
+    problem += f". The label files hold the values {values}, of which {ignored} are ignored"
+    if len(values) == len(folder.classes):
+        problem += (
+            f". If they are the classes {', '.join(folder.classes)}, set data.values={values}, "
+            "and leave out data.reduce_zero_label and data.ignore_index"
+        )
+    return problem
 
 
 def preflight(dataset, processes: int, kept_counts: Path | None = None) -> list[str]:
@@ -2745,26 +3069,25 @@ def preflight(dataset, processes: int, kept_counts: Path | None = None) -> list[
     counts = histograms[:, : len(dataset.classes)]
     print_class_table(dataset.classes, counts.astype(int))
     if not problems:
-        print_channels(channels / pixels)
+        print("mean and std of the images:", as_keys(*mean_and_std(channels / pixels)))
         if kept_counts:
             write_counts(kept_counts, counts)
     if empty:
         print(f"{len(empty)} labels in which every pixel is ignored, such as that of {empty[0]}")
-    if looks_like_mask(histograms.sum(0), dataset):
-        problems.append(f"{dataset.name(0)} and all others: {MASK_HINT}")
     return problems
 
 
-def print_channels(moments: np.ndarray) -> None:
-    """Print mean and std of the channels as keys of the section data.
-
-    moments: (2, C), the means of the values and of their squares.
-    """
+def mean_and_std(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (C,) from the means of values and of their squares, (2, C)."""
     mean, square = moments
-    std = np.sqrt(np.maximum(square - mean**2, 0))
-    std[std <= 1e-6 * np.abs(mean)] = 1  # a constant channel; data.std must be above 0
+    return mean, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def as_keys(mean: np.ndarray, std: np.ndarray) -> str:
+    """Mean and std (C,) as keys of the section data."""
+    std = np.where(std <= 1e-6 * np.abs(mean), 1, std)  # a constant channel; it must be above 0
     values = [", ".join(f"{value:.5g}" for value in row) for row in (mean, std)]
-    print(f'mean and std of the images: "mean": [{values[0]}], "std": [{values[1]}]')
+    return f'"mean": [{values[0]}], "std": [{values[1]}]'
 
 
 def print_class_table(classes: list[str], pixels: np.ndarray) -> None:
@@ -2796,6 +3119,7 @@ def check_every_sample(data: Data, sheet: Path, processes: int | None = None) ->
 
     Raises DataError with the first 20 problems if samples cannot be used.
     """
+    data.check_overlap()
     problems = []
     for split in ("train", "val"):
         print(f"--- {split}")

@@ -2791,6 +2791,12 @@ class DecodeHead(nn.Module):
             raise UserError(f"{inputs} should be lists of the same length")
 
     def check_outputs(self):
+        if self.num_classes < 2:
+            raise UserError(
+                f"num_classes is {self.num_classes}, but the background is a class too. Set "
+                'num_classes to 2 and name both, as in data.classes=["background", "crack"]; for a '
+                "single logit, also set out_channels to 1 and use_sigmoid in loss_decode"
+            )
         one_for_two = self.out_channels == 1 and self.num_classes == 2
         if self.out_channels != self.num_classes and not one_for_two:
             raise UserError(
@@ -2811,12 +2817,18 @@ class DecodeHead(nn.Module):
         if self.sampler and any(isinstance(loss, PlainLoss) for loss in self.loss_decode):
             raise UserError("a sampler needs losses that take pixel weights, as subclasses of Loss")
         if self.out_channels > 1:
+            if any(isinstance(loss, LovaszLoss) and loss.binary for loss in self.loss_decode):
+                raise UserError('loss_type "binary" of LovaszLoss needs out_channels: 1')
             return
         if self.sampler is not None:
             raise UserError("a sampler needs one output channel per class")
         for loss in self.loss_decode:
             if isinstance(loss, CrossEntropyLoss) and not loss.use_sigmoid:
                 raise UserError("with one output channel, loss_decode needs use_sigmoid: true")
+            if isinstance(loss, LovaszLoss) and not loss.binary:
+                raise UserError('with one output channel, LovaszLoss needs loss_type: "binary"')
+            if isinstance(loss, OhemCrossEntropy):
+                raise UserError("OhemCrossEntropy needs one output channel per class")
 
     def select(self, features: list[Tensor]) -> Tensor | list[Tensor]:
         if self.input_transform is None:

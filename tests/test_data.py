@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -513,30 +514,184 @@ def test_color_picture_as_label(folder):
         assert part in message
 
 
-def test_black_and_white_masks_are_noticed(folder):
-    """Because 255 is ignored, training on such a mask would see a single class."""
-    for i in range(6):
-        mask = np.zeros(SIZES[i % 2], np.uint8)
-        mask[:, ::2] = 255
-        write_image(Path(folder["root"], "labels/train", f"sub{i % 2}", f"{i:02d}.png"), mask)
-    folder["classes"] = ["no", "yes"]
-    wrong = Data(**folder)
-    with pytest.warns(UserWarning, match=r"data.values=\[0, 255\]"):
-        wrong.check(val=False)
-    (problem,) = data.preflight(wrong.train, 1)
-    assert "data.values=[0, 255]" in problem
+def write_masks(folder: dict, split: str, *values: int) -> None:
+    """Fills the labels of a split with vertical stripes of these values."""
+    for path in Path(folder["root"], "labels", split).glob("*/*.png"):
+        with Image.open(path) as label:
+            stripes = np.resize(np.array(values, np.uint8), label.width)
+        write_image(path, np.tile(stripes, (label.height, 1)))
 
-    right = Data(**folder, values=[0, 255])
-    right.check(val=False)
-    assert classes_in(right.train) == [0, 1]
-    assert data.preflight(right.train, 1) == []
+
+@pytest.mark.parametrize(
+    ("values", "settings", "part"),
+    [
+        ((0, 255), {}, "set data.values=[0, 255]"),
+        ((1, 255), {}, "set data.values=[1, 255]"),
+        ((0, 1), {"reduce_zero_label": True}, "set data.values=[0, 1], and leave out"),
+        ((0, 255), {"reduce_zero_label": True}, "every pixel is ignored"),
+        ((0, 3), {"values": [0, 1], "ignore_index": 3}, "set data.values=[0, 3]"),
+        ((0,), {}, "every pixel is of the class 'no', so"),
+        ((1, 254), {"ignore_index": 254}, "the class 'yes' or ignored"),
+        ((255,), {}, "every pixel is ignored"),
+    ],
+)
+def test_labels_of_a_single_class(folder, values, settings, part):
+    """Because 255 is ignored, training on a black and white mask would see a single class."""
+    folder["classes"] = ["no", "yes"]
+    write_masks(folder, "train", *values)
+    write_masks(folder, "val", *values)
+    wrong = Data(**folder | settings)
+    for splits in ({}, {"val": False}, {"train": False}):
+        message = error_of(functools.partial(wrong.check, **splits))
+        assert part in message
+        assert str(values[-1]) in message
+
+
+def test_masks_that_are_right(folder, tmp_path):
+    folder["classes"] = ["no", "yes"]
+    write_masks(folder, "train", 0, 255)
+    write_masks(folder, "val", 0, 255)
+    with warnings.catch_warnings(action="error"):
+        right = Data(**folder, values=[0, 255])
+        right.check()
+        assert classes_in(right.train) == [0, 1]
+
+    # The object is rare, and 255 is its border.
+    for split in ("train", "val"):
+        write_masks(folder, split, 0, 255)
+    write_first_label(folder, np.resize(np.array([0, 1, 255], np.uint8), SIZES[0]))
+    folder["cache"] = str(tmp_path / "cache")
+    rare = Data(**folder)
+    rare.check(val=False, count=1)
+    with pytest.warns(UserWarning, match="every pixel is of the class 'no' or ignored"):
+        rare.check(count=1)  # it may be missing in validation images
+    concat = {"type": "concat", "crop_size": [48, 56], "batch_size": 1}
+    keys = ("type", "root", "classes")
+    both = Data(datasets=[{key: folder[key] for key in keys}] * 2, **concat)
+    both.check(val=False, count=1)
 
     # JPEG and scaling leave other values in a mask.
-    mask = np.zeros(SIZES[0], np.uint8)
-    mask[:, 1::3] = 7
-    mask[:, 2::3] = 255
+    mask = np.resize(np.array([0, 7, 255], np.uint8), SIZES[0])
     write_first_label(folder, mask)
-    assert "never a JPEG" in error_of(lambda: right.train.load(0))
+    message = error_of(lambda: Data(**folder, values=[0, 255]).train.load(0))
+    assert "never a JPEG" in message
+
+
+def test_the_background_is_a_class(folder, tiny, tmp_path, run):
+    """One class by one logit: what users set, and where the messages lead them."""
+    write_masks(folder, "train", 0, 1)
+    write_masks(folder, "val", 0, 1)
+    folder |= {"classes": ["crack"], "crop_size": [32, 32], "batch_size": 2}
+    for settings in ({}, {"reduce_zero_label": True}, {"values": [1]}, {"values": [255]}):
+        message = error_of(lambda: Data(**folder | settings).val)  # noqa: B023
+        assert 'data.classes=["background", "crack"]' in message
+    tiny["data"] = folder
+    del tiny["model"]["auxiliary_head"]
+    head = tiny["model"]["decode_head"]
+    head["num_classes"] = 1
+    for more in ({}, {"out_channels": 1, "loss_decode": {"use_sigmoid": True}}):
+        head |= more
+        with pytest.raises(ConfigError) as error:
+            train.read_config(write_config(tiny, tmp_path))
+            train.check_network(train.read_config(write_config(tiny, tmp_path)))
+        assert "the background is a class too" in str(error.value)
+    # What the messages say.
+    head["num_classes"] = 2
+    folder["classes"] = ["background", "crack"]
+    tiny["schedule"]["max_iters"] = tiny["evaluation"]["interval"] = 1
+    run(tiny)
+    confusion = np.array(metrics(tiny, "val")[0]["confusion"])
+    labels = [Data(**folder).val.load(i)[1] for i in range(5)]
+    for c in (0, 1):
+        assert confusion[c].sum() == sum((label == c).sum() for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ({"ignore_index": 0}, 0),
+        ({"ignore_index": [255, 3]}, 3),
+        ({"ignore_index": 7, "values": [[0, 7], 1, 2, 3]}, 7),
+        ({"reduce_zero_label": True, "values": [0, 1, 2, 3]}, 0),
+        ({"reduce_zero_label": True, "ignore_index": 4}, 4),
+    ],
+)
+def test_a_class_whose_value_is_ignored(folder, section, value):
+    message = error_of(lambda: Data(**folder | section).train)
+    assert f"the value {value} is ignored" in message
+    assert "would never occur" in message
+
+
+@pytest.mark.parametrize("linked", ["split", "folder", "files", "list"])
+def test_validation_images_are_no_training_images(folder, tmp_path, linked):
+    top = Path(folder["root"])
+    expected = "6 of 6 validation images are training images too"
+    if linked == "split":
+        folder["val_split"] = "train"
+    elif linked == "list":  # one of them
+        folder |= {"images": "images", "labels": "labels", "files": "{split}.txt"}
+        (top / "train.txt").write_text("train/sub0/00\ntrain/sub0/02\n")
+        (top / "val.txt").write_text("val/sub0/00\ntrain/sub0/02\n")
+        expected = "1 of 2 validation images are training images too"
+    else:
+        for kind in ("images", "labels"):
+            shutil.rmtree(top / kind / "val")
+            if linked == "folder":
+                (top / kind / "val").symlink_to(top / kind / "train")
+                continue
+            for path in sorted((top / kind / "train").glob("*/*.png")):
+                link = top / kind / "val" / path.relative_to(top / kind / "train")
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path)
+    message = error_of(Data(**folder).check)
+    assert expected in message
+    assert "data.allow_overlap=true" in message
+    assert expected in error_of(lambda: data.check_every_sample(Data(**folder), tmp_path / "s.png"))
+    Data(**folder).check(val=False)
+    Data(**folder, allow_overlap=True).check()
+    concat = {"type": "concat", "cache": str(tmp_path / "cache")} | {
+        key: folder[key] for key in ("crop_size", "batch_size")
+    }
+    keys = ("type", "root", "classes", "images", "labels", "files")
+    section = {key: folder[key] for key in keys if key in folder}
+    if linked == "split":
+        section["splits"] = {"val": "train"}
+    assert expected in error_of(Data(datasets=[section], **concat).check)
+
+
+def test_normalization_that_does_not_fit(folder):
+    """A warning by values, once, with the mean and std to set."""
+    gray = folder | {"in_channels": 1}
+
+    def write_all(scale: float, dtype: type) -> None:
+        for path in Path(folder["root"], "images").glob("*/*/*.png"):
+            with Image.open(path) as image:
+                values = np.asarray(image.convert("L")) * scale
+            np.save(path.with_suffix(".npy"), values.astype(dtype))
+
+    def warnings_of(section: dict) -> list[str]:
+        with warnings.catch_warnings(record=True, action="always") as found:
+            Data(**section).check()
+        return [str(warning.message) for warning in found]
+
+    assert warnings_of(folder) == []
+    (message,) = warnings_of(folder | {"mean": [0.485] * 3, "std": [0.229] * 3})
+    assert "do not fit" in message
+    write_all(1 / 255, np.float32)
+    for path in Path(folder["root"], "images").glob("*/*/*.png"):
+        path.rename(path.with_suffix(".image"))
+    gray |= {"mean": [123.675], "std": [58.395]}
+    (message,) = warnings_of(gray)
+    found = re.search(r'Those of 6 images are ("mean": .*\]);', message)[1]
+    right = json.loads("{" + found + "}")
+    assert 0.2 < right["mean"][0] < 0.8
+    assert warnings_of(gray | right) == []
+    (message,) = warnings_of(folder)  # repeated for three channels
+    for path in Path(folder["root"], "images").glob("*/*/*.npy"):
+        np.save(path, (np.load(path) * 65535).astype(np.uint16))
+    (message,) = warnings_of(gray)
+    assert "do not fit" in message
+    assert warnings_of(gray | {"mean": [32000.0], "std": [20000.0]}) == []
 
 
 def test_bits_and_wide_integers_are_labels_too(folder):
@@ -696,6 +851,156 @@ def test_wrong_line_of_a_file_list(folder, line, reason):
     assert "line 2" in message
 
 
+@pytest.mark.parametrize("line", ["sub0/00 extra", "sub0/00 2", "sub0/00 2 3", "sub0/00\t1"])
+def test_a_name_is_never_the_beginning_of_a_line(folder, line):
+    """The image that is meant, such as "sub0/00 2.png", may be missing."""
+    Path(folder["root"], "list.txt").write_text(f"sub1/01\n{line}\n")
+    message = error_of(lambda: Data(**folder, files="list.txt").train)
+    assert "line 2" in message
+    assert "data.first_column=true" in message
+    listed = Data(**folder, files="list.txt", first_column=True).train
+    assert [Path(listed.name(i)).name for i in range(2)] == ["00.png", "01.png"]
+
+
+def test_names_with_spaces(folder):
+    for kind in ("images", "labels"):
+        top = Path(folder["root"], kind, "train")
+        (top / "sub0/00.png").rename(top / "sub0/00 2.png")
+        (top / "sub0/02.png").rename(top / "sub0/00.png")
+    Path(folder["root"], "list.txt").write_text("sub0/00 2\nsub0/00\n")
+    listed = Data(**folder, files="list.txt").train
+    assert [Path(listed.name(i)).name for i in range(2)] == ["00 2.png", "00.png"]
+    pair = "images/train/sub0/00 2.png{}labels/train/sub0/00 2.png"
+    Path(folder["root"], "list.txt").write_text(pair.format("\t"))
+    assert Data(**folder, files="list.txt").train.name(0).endswith("00 2.png")
+    Path(folder["root"], "list.txt").write_text(pair.format(" "))
+    assert "by a tab" in error_of(lambda: Data(**folder, files="list.txt").train)
+
+
+def test_repeated_lines_are_repeated_samples(folder, tmp_path):
+    """They are the usual way to show rare classes more often. A score counts each image once."""
+    pair = "images/train/sub1/01.png labels/train/sub1/01.png"
+    lines = ["sub0/02", pair, "sub0/00", pair, "sub0/00", pair]
+    Path(folder["root"], "list.txt").write_text("\n".join(lines))
+    folder |= {"files": "list.txt", "cache": str(tmp_path / "cache"), "val_split": "train"}
+    listed = Data(**folder, rare_classes=0.1)
+    names = [Path(listed.train.name(i)).name for i in range(len(listed.train))]
+    assert names == ["00.png"] * 2 + ["02.png"] + ["01.png"] * 3
+    assert data.class_counts(listed.train, listed.cache, 0).shape == (6, 4)
+    shown = next(listed.train_batches())
+    assert len(shown["image"]) == 4
+
+    stream = Data(**folder)
+    epoch = [stream.samples.dataset_index(k) for k in range(6)]
+    assert sorted(epoch) == list(range(6))
+
+    with pytest.warns(UserWarning, match="3 lines .* are repeated; each of the 3 samples counts"):
+        assert len(listed.val) == 3
+    concat = {"type": "concat", "val_split": "train", "crop_size": [8, 8], "batch_size": 1}
+    keys = ("type", "root", "classes", "files")
+    concat["datasets"] = [{key: folder[key] for key in keys}] * 2
+    both = Data(**concat)
+    assert len(both.train) == 12
+    with pytest.warns(UserWarning, match="are repeated"):
+        assert len(both.val) == 6
+    assert [Path(both.val.name(i)).name for i in (2, 3)] == ["01.png", "00.png"]
+
+    keep = {"images": "images/train", "labels": "labels/train", "val_split": "val"}
+    parts = Data(**folder | keep, fold=(0, 3))
+    with warnings.catch_warnings(action="error"):
+        scored = [parts.val.name(i) for i in range(len(parts.val))]
+    trained = [parts.train.name(i) for i in range(len(parts.train))]
+    assert len(scored) == 1
+    assert len(set(trained)) == 2
+    assert not set(scored) & set(trained)
+
+
+def test_links_that_run_in_a_circle(folder, tmp_path):
+    images = Path(folder["root"], "images")
+    link = images / "train/sub0/again"
+    for target in (images / "train/sub0", images / "train", images, Path("/")):
+        link.symlink_to(target)
+        message = error_of(lambda: Data(**folder).train)
+        assert f"{link}: this link leads to {target}, a folder that contains it" in message
+        assert str(link) in error_of(lambda: data.find_images([str(images)]))
+        link.unlink()
+    # Two folders that link to each other.
+    other = tmp_path / "other"
+    other.mkdir()
+    link.symlink_to(other)
+    (other / "back").symlink_to(images / "train")
+    assert f"{link}/back" in error_of(lambda: Data(**folder).train)
+    (other / "back").unlink()
+    assert len(Data(**folder).train) == 6
+
+
+def test_links_to_one_folder(folder):
+    """Two folders of images may share their labels, but an image must not be two samples."""
+    for kind in ("images", "labels"):
+        top = Path(folder["root"], kind, "train")
+        (top / "again").symlink_to(top / "sub1")
+    assert "are the same folder" in error_of(lambda: Data(**folder).train)
+    again = Path(folder["root"], "images/train/again")
+    again.unlink()
+    shutil.copytree(again.with_name("sub1"), again)
+    assert len(Data(**folder).train) == 9
+    assert len(data.find_images([str(again.parent)])) == 9
+
+
+def test_links_that_lead_nowhere(folder):
+    link = Path(folder["root"], "images/train/sub0/more")
+    for target in ("/nowhere", link):
+        link.symlink_to(target)
+        assert f"leads to '{target}', which cannot" in error_of(lambda: Data(**folder).train)
+        link.unlink()
+    os.mkfifo(link.with_suffix(".png"))  # reading it would never end
+    assert "neither a file nor a folder" in error_of(lambda: Data(**folder).train)
+
+
+def test_names_that_are_not_utf_8(folder):
+    path = os.fsencode(first_image(folder).with_name("caf"))
+    os.rename(first_image(folder), path + b"\xe9.png")
+    for use in (lambda: Data(**folder).train, lambda: data.find_images([folder["root"]])):
+        message = error_of(use)
+        assert "caf\\udce9.png" in message
+        message.encode()  # it can be logged
+    os.rename(path + b"\xe9.png", path + b".png")
+    os.rename(
+        os.fsencode(first_label(folder)), os.fsencode(first_label(folder).with_name("caf.png"))
+    )
+    os.rename(os.fsencode(folder["root"]), os.fsencode(folder["root"]) + b"\xe9")
+    folder["root"] += os.fsdecode(b"\xe9")
+    assert "is not UTF-8" in error_of(lambda: Data(**folder).train)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_unicode_forms_of_names(folder, form):
+    """macOS writes the names of files in NFD, other systems in NFC."""
+    image, label = (unicodedata.normalize(each, "Café") for each in (form, "NFC"))
+    first_image(folder).rename(first_image(folder).with_name(f"{image}.png"))
+    first_label(folder).rename(first_label(folder).with_name(f"{label}.png"))
+    found = Data(**folder).train
+    names = [Path(found.name(i)).name for i in range(6)]
+    assert f"{image}.png" in names
+    for other in ("NFC", "NFD"):
+        name = unicodedata.normalize(other, "Café")
+        pair = f"images/train/sub0/{name}.png labels/train/sub0/{name}.png"
+        Path(folder["root"], "list.txt").write_text(f"sub0/{name}\n{pair}\n", encoding="utf-8")
+        listed = Data(**folder, files="list.txt").train
+        assert listed.pairs[0].tolist() == listed.pairs[1].tolist()
+        assert listed.load(0)[0].shape == (*SIZES[0], 3)
+
+    twin = unicodedata.normalize("NFD" if form == "NFC" else "NFC", "Café")
+    shutil.copy(found.name(0), first_image(folder).with_name(f"{twin}.png"))
+    shutil.copy(found.name(0), first_image(folder).with_name(f"{image}.png"))
+    assert "two Unicode forms" in error_of(lambda: Data(**folder).train)
+
+
+def test_an_image_is_not_its_own_label(folder):
+    folder |= {"images": "labels/{split}", "labels": "./labels/{split}"}
+    assert "its own label" in error_of(lambda: Data(**folder).train)
+
+
 def test_wrong_number_of_channels(folder):
     folder["in_channels"] = 5
     folder["mean"] = [0.0] * 5
@@ -758,8 +1063,10 @@ def test_cache_notices_a_changed_source(cached):
 
 
 def test_cache_tells_two_meanings_of_a_label_apart(cached):
-    assert 1 in classes_in(Data(**cached).train)
-    assert 1 not in classes_in(Data(**cached, ignore_index=1).train)
+    _, label = Data(**cached).train.load(0)
+    _, swapped = Data(**cached, values=[1, 0, 2, 3]).train.load(0)
+    assert np.array_equal(swapped == 0, label == 1)
+    assert 1 in label
     assert 1 in classes_in(Data(**cached).train)
 
 
@@ -1461,6 +1768,16 @@ def test_sections_of_concat_may_leave_out_splits(concat):
     assert classes_in(dataset.train) == [2]
     second["splits"] = {"train": None}
     assert "none of them" in error_of(lambda: Data(**concat).train)
+
+
+def test_concat_without_a_class(concat):
+    """The first data set, which names the classes, is left out of training."""
+    first, second = concat["datasets"]
+    first["splits"] = {"train": None, "val": "train"}
+    second["class_map"] = {"trees": None}
+    assert "has the class tree" in error_of(lambda: Data(**concat).check(val=False))
+    second["class_map"] = {"trees": "tree"}
+    Data(**concat).check(val=False)
 
 
 def test_weights_are_exact_and_every_sample_comes_equally_often(concat):
