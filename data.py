@@ -118,6 +118,12 @@ def reraise_as_data_error(path: str) -> Iterator[None]:
             f"{path}: this file no longer exists. Restore it, or start the run again to rescan the "
             "folders"
         ) from None
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"{path}: the image has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, "
+            "the limit against files that only claim to be large. If it is as large, set "
+            "data.large_images=true"
+        ) from None
     except (
         OSError,
         EOFError,
@@ -125,7 +131,6 @@ def reraise_as_data_error(path: str) -> Iterator[None]:
         RuntimeError,
         ValueError,
         SyntaxError,
-        Image.DecompressionBombError,
     ) as error:
         raise DataError(
             f"{path}: cannot be decoded ({error}). The file is truncated, damaged, too large or of "
@@ -592,10 +597,11 @@ def find_images(paths: list[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def images_of_any_size() -> Iterator[None]:
+def images_of_any_size(allowed: bool = True) -> Iterator[None]:
     """Lets Pillow read more than its 179 megapixels, its limit against malicious files."""
     limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+    if allowed:
+        Image.MAX_IMAGE_PIXELS = None
     try:
         yield
     finally:
@@ -669,6 +675,7 @@ class Folder:
         for color in palette:
             if len(color) != 3 or not 0 <= min(color) <= max(color) <= 255:
                 raise DataError("data.palette: a color is [red, green, blue], each in 0..255")
+        self.large_images = False  # see Data
         self.root = os.path.abspath(root)
         self.first_column = first_column
         self.classes = list(classes)
@@ -813,7 +820,8 @@ class Folder:
 
     def size(self, i: int) -> Size:
         """(height, width) of the image; reads only the header if possible."""
-        return image_size(self.name(i))
+        with images_of_any_size(self.large_images):
+            return image_size(self.name(i))
 
     def load(self, i: int) -> Sample:
         """Decode image (H, W, in_channels) uint8, uint16 or float32, and label (H, W) uint8.
@@ -821,10 +829,9 @@ class Folder:
         The label holds classes, and 255 at ignored pixels.
         """
         image_path, label_path = self.paths(i)
-        image = read_image(image_path, self.in_channels)
-        label = read_label(label_path)
-        if label.dtype == bool:
-            label = self.of_bits(label, label_path)
+        with images_of_any_size(self.large_images):
+            image = read_image(image_path, self.in_channels)
+            label = read_label(label_path)
         if image.shape[:2] != label.shape:
             raise DataError(
                 f"{image_path} is {image.shape[1]}x{image.shape[0]}, but its label {label_path} is "
@@ -836,10 +843,13 @@ class Folder:
     def load_label(self, i: int) -> np.ndarray:
         """Decode the label alone; see load()."""
         _, path = self.paths(i)
-        return self.classes_of(read_label(path), path)
+        with images_of_any_size(self.large_images):
+            return self.classes_of(read_label(path), path)
 
     def classes_of(self, label: np.ndarray, path: str) -> np.ndarray:
         """The classes (H, W) uint8 of the values in a label file. Raises DataError."""
+        if label.dtype == bool:
+            label = self.of_bits(label, path)
         values = label
         in_range = True
         if label.dtype != np.uint8:
@@ -1749,11 +1759,15 @@ def build_dataset(kind: str, split: str, in_channels: int, keywords: dict):
     return dataset
 
 
+def folders_of(dataset) -> list[Folder]:
+    """The Folders that a data set without a cache consists of."""
+    parts = dataset.parts if isinstance(dataset, Concat) else [dataset]
+    return [part for part in parts if isinstance(part, Folder)]
+
+
 def drop_repeats(dataset) -> None:
     """Let each sample of a list in which lines are repeated count once, as an evaluation must."""
-    for part in dataset.parts if isinstance(dataset, Concat) else [dataset]:
-        if not isinstance(part, Folder):
-            continue
+    for part in folders_of(dataset):
         pairs = list(dict.fromkeys(map(tuple, part.pairs.tolist())))
         if len(pairs) < len(part):
             warnings.warn(
@@ -2603,6 +2617,8 @@ class Data:
     cache: a folder on a local disk for decoded samples. None: decode the files every time.
     rare_classes: the temperature of RareClassSampler, such as 0.01, by which images with rare
         classes come more often. None: every image comes once in an epoch.
+    large_images: read images of more than 179 megapixels. Without it they are an error, as a small
+        file may claim to be that large. With `cache`, crops of them take little time and memory.
     allow_overlap: accept training images among the validation images, for example to see whether a
         network can overfit.
     """
@@ -2626,6 +2642,7 @@ class Data:
         std: list[float] = IMAGENET_STD,
         cache: str | None = None,
         rare_classes: float | None = None,
+        large_images: bool = False,
         allow_overlap: bool = False,
         train_split: str = "train",
         val_split: str = "val",
@@ -2641,6 +2658,7 @@ class Data:
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self.cache = cache
         self.rare_classes = rare_classes
+        self.large_images = large_images
         self.allow_overlap = allow_overlap
         self.train_split = train_split
         self.val_split = val_split
@@ -2698,6 +2716,8 @@ class Data:
                 'too. Name both, as in data.classes=["background", "crack"], set num_classes to 2, '
                 "and if the masks hold other values than 0 and 1, data.values, such as [0, 255]"
             )
+        for folder in folders_of(dataset):
+            folder.large_images = self.large_images
         if is_scored:
             drop_repeats(dataset)
         return cached(dataset, self.cache) if self.cache else dataset
@@ -2876,8 +2896,9 @@ class Data:
         """Raise DataError if images are both for training and for validation."""
         if self.allow_overlap:
             return
+        train_images = image_files(self.train)
         val_images = image_files(self.val)
-        common = common_files(image_files(self.train), val_images)
+        common = common_files(train_images, val_images)
         if common:
             raise DataError(
                 f"{len(common)} of {len(val_images)} validation images are training images too, "
@@ -2892,10 +2913,10 @@ class Data:
         """Decode `count` samples, spread over the split.
 
         is_first: compare the values of the images with data.mean and data.std.
-        Returns their (height, width), and the pixels (256,) of each class in them.
+        Returns their (height, width), and the pixels (samples, 256) of each class in them.
         """
         shapes = []
-        counts = np.zeros(256, int)
+        counts = []
         moments = []
         indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
         for i in indices.astype(int).tolist():
@@ -2906,12 +2927,12 @@ class Data:
                     f"data.in_channels is {self.in_channels}"
                 )
             shapes.append(label.shape)
-            counts += label_histogram(label)
+            counts.append(label_histogram(label))
             few = image[::4, ::4].astype(float)
             moments.append([few.mean((0, 1)), np.square(few).mean((0, 1))])
         if is_first:
             self.check_normalization(np.mean(moments, axis=0), len(shapes))
-        return shapes, counts
+        return shapes, np.array(counts)
 
     def check_normalization(self, moments: np.ndarray, count: int) -> None:
         """Warn if the images would not have a mean near 0 and a standard deviation near 1.
@@ -2990,14 +3011,30 @@ def common_files(first: list[str], second: list[str], most: int = 1000) -> list[
     return common
 
 
+MIXED_HINT = (
+    "some labels show the second class and others ignored pixels, but none shows both. If these "
+    "are masks of 0 and 1 and masks of 0 and 255, set data.values=[0, [1, 255]]"
+)
+
+
+def looks_mixed(counts: np.ndarray, dataset) -> bool:
+    """Whether labels (samples, 256) of two classes may come from masks of two kinds."""
+    is_second = counts[:, 1] > 0
+    is_ignored = counts[:, IGNORE] > 0
+    both = is_second & is_ignored
+    return len(dataset.classes) == 2 and is_second.any() and is_ignored.any() and not both.any()
+
+
 def check_classes(dataset, counts: np.ndarray, is_certain: bool) -> None:
     """Raise DataError if the labels show no more than one class, as then nothing can be learned.
 
-    counts: (256,) the pixels of each class in some labels. If they show one class, the others are
-        searched for a second one.
+    counts: (samples, 256), the pixels of each class in some labels. If they show one class, the
+        others are searched for a second one.
     is_certain: otherwise it is a warning, as a few validation images may well show one class.
     """
-    seen = counts > 0
+    if looks_mixed(counts, dataset):
+        warnings.warn(MIXED_HINT, stacklevel=3)
+    seen = counts.any(0)
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
     for i in tqdm(order, "looking for a second class", leave=False, delay=1):
         if seen[: len(dataset.classes)].sum() > 1:
@@ -3028,7 +3065,8 @@ def single_class_problem(dataset, seen: np.ndarray) -> str:
         return problem
     values = set()
     for i in range(min(8, len(folder))):
-        values.update(np.unique(read_label(folder.paths(i)[1])).tolist())
+        with images_of_any_size(folder.large_images):
+            values.update(np.unique(read_label(folder.paths(i)[1])).tolist())
     values = sorted(values)
     ignored = [value for value in values if folder.table[value] == IGNORE]
     problem += f". The label files hold the values {values}, of which {ignored} are ignored"
@@ -3072,6 +3110,8 @@ def preflight(dataset, processes: int, kept_counts: Path | None = None) -> list[
         print("mean and std of the images:", as_keys(*mean_and_std(channels / pixels)))
         if kept_counts:
             write_counts(kept_counts, counts)
+    if looks_mixed(histograms, dataset):
+        print(f"warning: {MIXED_HINT}")
     if empty:
         print(f"{len(empty)} labels in which every pixel is ignored, such as that of {empty[0]}")
     return problems

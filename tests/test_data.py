@@ -547,7 +547,7 @@ def test_labels_of_a_single_class(folder, values, settings, part):
         assert str(values[-1]) in message
 
 
-def test_masks_that_are_right(folder, tmp_path):
+def test_masks_that_are_right(folder, tmp_path, capsys):
     folder["classes"] = ["no", "yes"]
     write_masks(folder, "train", 0, 255)
     write_masks(folder, "val", 0, 255)
@@ -569,6 +569,14 @@ def test_masks_that_are_right(folder, tmp_path):
     keys = ("type", "root", "classes")
     both = Data(datasets=[{key: folder[key] for key in keys}] * 2, **concat)
     both.check(val=False, count=1)
+
+    # Masks of both kinds.
+    write_masks(folder, "train", 0, 1)
+    write_first_label(folder, np.resize(np.array([0, 255], np.uint8), SIZES[0]))
+    with pytest.warns(UserWarning, match=r"set data.values=\[0, \[1, 255\]\]"):
+        rare.check(val=False)
+    data.preflight(rare.train, 1)
+    assert "data.values=[0, [1, 255]]" in capsys.readouterr().out
 
     # JPEG and scaling leave other values in a mask.
     mask = np.resize(np.array([0, 7, 255], np.uint8), SIZES[0])
@@ -736,7 +744,52 @@ def test_image_bomb_is_refused(folder):
     checksum = zlib.crc32(content[12:29])
     content[29:33] = struct.pack(">I", checksum)
     path.write_bytes(content)
-    assert str(path) in error_of_first_sample(folder)
+    message = error_of_first_sample(folder)
+    assert str(path) in message
+    assert "data.large_images=true" in message
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_large_images_on_purpose(folder, tmp_path, suffix, monkeypatch):
+    """The limit is lowered, as a file that really is above it takes seconds to write."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for path in Path(folder["root"]).glob("*/*/*/*.png"):
+        with data.images_of_any_size(), Image.open(path) as image:
+            image.save(path.with_suffix(suffix))
+        if suffix != path.suffix:
+            path.unlink()
+    folder["workers"] = 1
+    refused = Data(**folder)
+    for use in (refused.check, lambda: next(refused.train_batches()), lambda: refused.val_sizes):
+        message = error_of(use)
+        assert "more than 0 megapixels" in message
+        assert "data.large_images=true" in message
+    assert "data.large_images=true" in error_of(lambda: data.load_label(refused.train, 0))
+    keys = ("type", "root", "classes")
+    section = {key: folder.pop(key) for key in keys}
+    for settings in (
+        folder | section,
+        folder | {"type": "concat", "datasets": [section], "cache": str(tmp_path / "cache")},
+    ):
+        read = Data(**settings, large_images=True)
+        read.check()
+        assert next(read.train_batches())["image"].shape == (4, 3, 48, 56)
+        assert read.val_sizes[0] == SIZES[0]
+        assert len(data.preflight(read.train, 1)) == 0
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_sizes_come_from_headers(folder, monkeypatch):
+    """The data of an array are not read, whatever the order of its axes."""
+    for kind, suffixes in (("images", "sub?/*.png"), ("labels", "sub0/*.png")):
+        for path in Path(folder["root"], kind, "val").glob(suffixes):
+            with Image.open(path) as image:
+                array = np.asarray(image)
+            path.unlink()
+            path = path.with_suffix(".npy")
+            np.save(path, np.moveaxis(array, -1, 0) if kind == "images" else array)
+    monkeypatch.setattr(data, "read", None)
+    assert Data(**folder).val_sizes == [SIZES[0]] * 3 + [SIZES[1]] * 2
 
 
 def test_pickled_npy_is_refused(folder):

@@ -579,8 +579,18 @@ def test_one_channel_for_two_classes():
     two = torch.cat([torch.zeros_like(full), full], 1)
     expected = cross_entropy_over_valid(two, label)
     assert torch.allclose(model(image, label)["decode.loss_ce"], expected)
-    with pytest.raises(models.ConfigError, match="use_sigmoid"):
-        small_model("BasicBlock", binary)
+    wrong = {
+        "use_sigmoid": {},
+        "binary": {"type": "LovaszLoss"},
+        "one output channel per class": {"type": "OhemCrossEntropy"},
+    }
+    for part, section in wrong.items():
+        with pytest.raises(models.ConfigError, match=part):
+            small_model("BasicBlock", {**binary, "loss_decode": section})
+    hinge = {"type": "LovaszLoss", "loss_type": "binary"}
+    small_model("BasicBlock", {**binary, "loss_decode": hinge})
+    with pytest.raises(models.ConfigError, match="out_channels: 1"):
+        small_model("BasicBlock", {"num_classes": 2, "loss_decode": hinge})
 
 
 class LargestTensor(TorchDispatchMode):
