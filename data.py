@@ -768,26 +768,26 @@ class Folder:
         try:
             # Windows editors put a byte order mark first.
             with open(path, encoding="utf-8-sig") as file:
-                lines = file.read().splitlines()
+                lines = list(file)
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: is not UTF-8 text ({error}). Save it as UTF-8") from None
         pairs = []
         names = []
         for number, line in enumerate(lines, start=1):
-            line = line.strip()
-            columns = line.split("\t") if "\t" in line else line.split()
-            if self.first_column and columns:
-                line = columns[0]
-                columns = [line]
-            if composed(line) in image_of:
-                names.append(composed(line))
+            text = line.strip()
+            columns = text.split("\t") if "\t" in text else text.split()
+            name = composed(line.rstrip("\n"))  # may begin or end with a space
+            if name not in image_of:
+                name = composed(columns[0] if self.first_column and columns else text)
+            if name in image_of:
+                names.append(name)
             elif len(columns) == 2:
                 place = f"{path}, line {number}"
                 image, label = (self.listed_path(column, place) for column in columns)
                 pairs.append((image, label))
             elif columns:
                 raise DataError(
-                    f"{path}, line {number}: there is no image named {line} in the folder "
+                    f"{path}, line {number}: there is no image named {text} in the folder "
                     f"data.images. {LIST_HINT}"
                 )
         return pairs, names
@@ -2883,10 +2883,10 @@ class Data:
                 )
             self.samples.dataset_index(0)
             shapes, counts = self.check_split(self.train, count)
-            check_classes(self.train, counts, is_certain=True)
+            check_classes(self.train, counts, is_trained=True)
         if val:
             _, counts = self.check_split(self.val, count, is_first=not train)
-            check_classes(self.val, counts, is_certain=not train)
+            check_classes(self.val, counts, is_trained=False, is_alone=not train)
         if train:
             self.check_crop_size(shapes)
             if self.sampling["transforms"]:
@@ -3025,23 +3025,29 @@ def looks_mixed(counts: np.ndarray, dataset) -> bool:
     return len(dataset.classes) == 2 and is_second.any() and is_ignored.any() and not both.any()
 
 
-def check_classes(dataset, counts: np.ndarray, is_certain: bool) -> None:
+def check_classes(dataset, counts: np.ndarray, is_trained: bool, is_alone: bool = True) -> None:
     """Raise DataError if the labels show no more than one class, as then nothing can be learned.
 
+    Validation labels may well do so: some have only the background, or all are placeholders. That
+    is a warning, unless they look like black and white masks that are misread.
+
     counts: (samples, 256), the pixels of each class in some labels. If they show one class, the
-        others are searched for a second one.
-    is_certain: otherwise it is a warning, as a few validation images may well show one class.
+        others are searched for a second one, or 100 of them in validation.
+    is_alone: there are no training labels that have shown that masks are read rightly.
     """
     if looks_mixed(counts, dataset):
         warnings.warn(MIXED_HINT, stacklevel=3)
     seen = counts.any(0)
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    if not is_trained:
+        order = order[:100]
     for i in tqdm(order, "looking for a second class", leave=False, delay=1):
         if seen[: len(dataset.classes)].sum() > 1:
             return
         seen |= label_histogram(load_label(dataset, i)) > 0
     problem = single_class_problem(dataset, seen)
-    if problem and is_certain:
+    is_mask = is_alone and seen[: len(dataset.classes)].any() and seen[IGNORE]
+    if problem and (is_trained or is_mask):
         raise DataError(problem)
     if problem:
         warnings.warn(problem, stacklevel=3)
@@ -3059,7 +3065,9 @@ def single_class_problem(dataset, seen: np.ndarray) -> str:
     if len(classes):
         found = f"every pixel is of the class {dataset.classes[classes[0]]!r}"
         found += " or ignored" if seen[IGNORE] else ""
-    problem = f"{dataset.name(0)} and all others: {found}, so there is nothing to tell apart"
+    problem = (
+        f"the labels of {dataset.name(0)} and others: {found}, so there is nothing to tell apart"
+    )
     folder = dataset.dataset if isinstance(dataset, CachedDataset) else dataset
     if not isinstance(folder, Folder):
         return problem
