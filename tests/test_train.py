@@ -321,6 +321,7 @@ def test_home_in_every_path(tiny, tmp_path, monkeypatch):
         "labels": "labels",
         "files": "~/list.txt",
         "classes": list("abcdefgh"),
+        "allow_overlap": True,
         "cache": "~/cache",
         "batch_size": 2,
         "workers": 0,
