@@ -3074,7 +3074,7 @@ def single_class_problem(dataset, seen: np.ndarray) -> str:
     values = set()
     for i in range(min(8, len(folder))):
         with images_of_any_size(folder.large_images):
-            values.update(np.unique(read_label(folder.paths(i)[1])).tolist())
+            values.update(np.unique(read_label(folder.paths(i)[1])).astype(int).tolist())
     values = sorted(values)
     ignored = [value for value in values if folder.table[value] == IGNORE]
     problem += f". The label files hold the values {values}, of which {ignored} are ignored"
