@@ -367,15 +367,17 @@ def convert_optimizer(wrapper: Section, backbone: dict) -> dict:
 
 
 def convert_layer_decay(paramwise: Section, backbone: dict) -> dict:
-    """What LearningRateDecayOptimizerConstructor does with ConvNeXt, the only one of its backbones
-    that is here: layer-wise rates, and no weight decay of biases and other vectors."""
+    """The rules of LearningRateDecayOptimizerConstructor for ConvNeXt, which models.py has.
+
+    Biases and other vectors have no weight decay.
+    """
     kind = str(backbone.get("type")).removeprefix("mmpretrain.")
     arch = backbone.get("arch", "tiny")
     if kind != "ConvNeXt" or arch not in list(models.ConvNeXt.ARCHS):
         raise UserError(
             f"optim_wrapper.constructor is {LAYER_DECAY}, which can be translated for ConvNeXt of "
             f"arch {', '.join(models.ConvNeXt.ARCHS)}, not for {kind} of arch {arch}. Remove it "
-            "from the dumped config, and write optimizer.paramwise.layer_decay into the converted"
+            "from the dumped config, and set optimizer.paramwise.layer_decay in the converted one"
         )
     depths, _ = models.ConvNeXt.ARCHS[arch]
     # Three blocks of the third stage are a layer. The learning rates depend on this number.
