@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -234,7 +235,8 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     Raises ConfigError with the place of what is wrong.
     """
     try:
-        config = json.loads(Path(path).expanduser().read_text())
+        # Windows editors put a byte order mark first.
+        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
@@ -2750,6 +2752,7 @@ def last_lines(state: TrainState, config: Config, run_dir: RunDir) -> list[str]:
     preview = run_dir.path / "preview" / f"iter_{state.iteration}.png"
     if preview.exists():
         lines.append(f"preview: {preview}")
+    weights = shlex.quote(str(weights))
     lines.append(f"next: python train.py --load-from {weights} --predict IMAGES --show-dir DIR")
     return lines
 
@@ -3046,7 +3049,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # argparse alone would first complain of a missing --config, whatever else is misspelled.
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = "keys of the config are set by --options, such as --options optimizer.lr=0.01"
+        if unknown[0].endswith(".json"):
+            hint = f"a config is named by --config {unknown[0]}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
     has_config = args.predict or args.export or (args.eval_only and args.load_from)
     if not args.config and not has_config:
         parser.error("--config is missing. Try: python train.py --config configs/quickstart.json")

@@ -190,6 +190,8 @@ def test_command_line_that_is_wrong(capsys):
         ([], "python train.py --config configs/quickstart.json"),
         (["--confg", "x"], "unrecognized arguments: --confg x"),
         (["--wrok-dir", "x"], "unrecognized arguments: --wrok-dir x"),
+        (["mine.json"], "a config is named by --config mine.json"),
+        (["--lr", "0.1"], "--options optimizer.lr=0.01"),
     ):
         with pytest.raises(SystemExit):
             train.parse_args(argv)
@@ -203,6 +205,12 @@ def test_config_that_is_not_a_json_object(tmp_path, text, part):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=part):
         train.load_config(tmp_path / "config.json")
+
+
+def test_config_of_a_windows_editor(tiny, tmp_path):
+    text = Path(write_config(tiny, tmp_path)).read_text()
+    (tmp_path / "windows.json").write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig")
+    assert train.read_config(tmp_path / "windows.json").data == tiny["data"]
 
 
 def test_config_that_does_not_exist(tmp_path):

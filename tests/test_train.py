@@ -572,6 +572,7 @@ def test_binary_classification_has_a_threshold():
 
 
 def test_files_of_a_run(tiny, run):
+    tiny["work_dir"] += " with spaces"
     tiny["checkpoint"] = {"interval": 2, "keep": 2}
     run(tiny)
     folder = Path(tiny["work_dir"])
@@ -600,7 +601,7 @@ def test_files_of_a_run(tiny, run):
         "to come: iterations: 6, validations: 1",
         f"at iteration 6: {folder}/best.pth",
         f"preview: {folder}/preview/iter_6.png",
-        f"next: python train.py --load-from {folder}/best.pth --predict IMAGES --show-dir DIR",
+        f"next: python train.py --load-from '{folder}/best.pth' --predict IMAGES --show-dir DIR",
     ):
         assert part in log
     assert max(len(line) for line in log.splitlines() if str(folder) not in line) < 120
