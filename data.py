@@ -949,10 +949,15 @@ def in_fold(pairs: np.ndarray, split: str, fold: tuple[int, int], seed: int) -> 
     k, n = fold
     # A sample that is listed twice must not be in both splits, and counts once in evaluation.
     unique, first, number = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-    if split not in ("train", "val") or not 0 <= k < n or not 2 <= n <= len(unique):
+    if split not in ("train", "val"):
         raise DataError(
-            f"data.fold: [{k}, {n}] of {len(unique)} samples, split {split}; expected [k, n] with "
-            "0 <= k < n, n from 2 to the number of samples, and one of the splits train and val"
+            f"data.fold makes the splits train and val; for split {split}, set data.fold=null and "
+            "name its samples by data.images and data.labels, or by data.files"
+        )
+    if not 0 <= k < n or not 2 <= n <= len(unique):
+        raise DataError(
+            f"data.fold: [{k}, {n}] of {len(unique)} samples; expected [k, n] with 0 <= k < n, and "
+            "n from 2 to the number of samples"
         )
     part = np.random.default_rng(seed).permutation(len(unique)) % n
     if split == "val":
@@ -2336,7 +2341,13 @@ class TrainSamples(Dataset):
         classes = torch.from_numpy(label)
         height, width = self.crop_size
         for number, transform in enumerate(self.transforms):
-            pixels, classes = transform(pixels, classes)
+            result = transform(pixels, classes)
+            if not isinstance(result, tuple | list) or len(result) != 2:
+                raise DataError(
+                    f"data.transforms.{number} returned a {type(result).__name__}; expected the "
+                    "image and the label: return image, label"
+                )
+            pixels, classes = result
             is_right = (
                 pixels.shape == (len(image), *classes.shape)
                 and classes.shape[0] <= height

@@ -2532,7 +2532,15 @@ class TimmBackbone(Backbone):
         return [x.permute(0, 3, 1, 2) if self.is_channels_last else x for x in maps]
 
     def published_weights(self, name):
-        return self.create(pretrained=True).state_dict() if name == "timm" else fetch(name, None)
+        if name != "timm":
+            return fetch(name, None)
+        try:
+            return self.create(pretrained=True).state_dict()
+        except (OSError, RuntimeError) as error:  # no network, or no weights of this name
+            raise UserError(
+                f"timm has no weights of {self.create.args[0]} here ({error!r}). Download "
+                "them on a machine with network access, and name the file in place of timm"
+            ) from None
 
     def published_key(self, key: str) -> str:
         """What timm's whole network calls a tensor, with "_" for ".", which timm replaces too."""
@@ -4065,7 +4073,10 @@ def check_parameters(
         if not fits(value, annotation):
             plain = isinstance(annotation, type) and not typing.get_args(annotation)
             expected = annotation.__name__ if plain else annotation
-            raise ConfigError(f"{place}.{key}: is {value!r}, should be of type {expected}")
+            hint = ""
+            if isinstance(value, str) and value.startswith(("[", "{")):
+                hint = """. Names in it need quotes: --options 'data.classes=["road", "car"]'"""
+            raise ConfigError(f"{place}.{key}: is {value!r}, should be of type {expected}{hint}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in section:
             raise ConfigError(f"{place}.{key}: is missing; {name} needs it")

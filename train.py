@@ -437,7 +437,7 @@ def check_network(config: Config, batch_size: int = 2) -> list[str]:
         raise
     except Exception as error:
         reason = first_line(error)
-        notes.append(f"the network is not checked, as it cannot be built without data: {reason}")
+        notes.append(f"the network is not checked before it trains, as it needs values: {reason}")
         model = None
     if model is None:
         # A bug in a user's module shows here as it is.
@@ -492,7 +492,8 @@ def dry_run(model: Segmentor, config: Config, batch_size: int) -> list[str]:
             f"model: {part_class.__name__} fails on a crop of {crop_size}: {place}: {failure} "
             f"({models.code_line(failure)})"
         ) from failure
-    return [f"the network is not checked without data: {place}: {first_line(failure)}"]
+    reason = f"{place}: {first_line(failure)}"
+    return [f"the network is not checked before it trains, as it needs values: {reason}"]
 
 
 def first_line(error: Exception) -> str:
@@ -2141,7 +2142,8 @@ def trace(
             failure = error
     raise ConfigError(
         "this network cannot be exported for images of any size, because an operation in it "
-        f"depends on the size in a way that torch.export cannot express: {failure}"
+        "depends on the size, or an assert or if on values, in a way that torch.export cannot "
+        f"express: {failure}"
     ) from failure
 
 

@@ -134,6 +134,7 @@ def test_misspelled_key_anywhere(tiny, tmp_path):
         ("evaluation.interval=0", ["evaluation.interval"]),
         ("evaluation.patience=0", ["evaluation.patience", "null"]),
         ("evaluation.ratios=[]", ["evaluation.ratios"]),
+        ("evaluation.ratios=[half,one]", ["evaluation.ratios", "need quotes"]),
         ("evaluation.scale=[0,0]", ["evaluation.scale"]),
         (
             'evaluation={"mode":"slide","crop_size":[32,32],"stride":[48,32]}',

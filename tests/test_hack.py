@@ -494,6 +494,13 @@ class Noise:
         return image, label
 
 
+class ImageAlone:
+    """A user's transform that forgets to return the label."""
+
+    def __call__(self, image, label):
+        return image
+
+
 def test_transforms_depend_on_the_sample_alone(tiny, monkeypatch):
     """Not on workers, on where the stream starts, or on the global random numbers."""
     monkeypatch.setitem(data.TRANSFORMS, "Noise", Noise)
@@ -536,6 +543,7 @@ def test_transform_in_place_leaves_the_data_set(scans, monkeypatch):
         ({"type": "Noise", "amount": 1, "amuont": 1}, ["transforms.0: Noise", "amuont"]),
         ({"type": "Resize", "size": [99, 99]}, ["transforms.0", "99", "at most 48x48"]),
         ({"type": "MixUp", "num_classes": 8}, ["MixUp"]),
+        ({"type": "ImageAlone"}, ["transforms.0 returned a Tensor", "return image, label"]),
         (
             {"type": "RandomApply", "transforms": [{"type": "Noise", "amount": 1}]},
             ["torchvision's"],
@@ -544,6 +552,7 @@ def test_transform_in_place_leaves_the_data_set(scans, monkeypatch):
 )
 def test_errors_in_transforms(tiny, monkeypatch, section, parts):
     monkeypatch.setitem(data.TRANSFORMS, "Noise", Noise)
+    monkeypatch.setitem(data.TRANSFORMS, "ImageAlone", ImageAlone)
     with pytest.raises(DataError) as error:
         Data(**tiny["data"], transforms=[section]).check()
     for part in parts:

@@ -946,3 +946,13 @@ def test_errors_of_torchvision_backbone(section: dict, message: str):
 def test_errors_of_timm_backbone(section: dict, message: str):
     with pytest.raises(models.ConfigError, match=message):
         models.construct(models.BACKBONES, {"type": "TimmBackbone", **section}, "backbone")
+
+
+@pytest.mark.optional("timm")
+def test_timm_without_its_weights(tmp_path: Path):
+    """As without network access."""
+    options = {"pretrained_cfg_overlay": {"file": str(tmp_path / "absent.pth")}}
+    section = {"type": "TimmBackbone", "name": "test_resnet", "options": options}
+    net = models.construct(models.BACKBONES, section, "backbone")
+    with pytest.raises(models.UserError, match="name the file in place of timm"):
+        net.published_weights("timm")
