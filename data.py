@@ -584,6 +584,8 @@ def find_images(paths: list[str]) -> dict[str, str]:
         if os.path.isfile(path):
             name_of.setdefault(path, os.path.splitext(os.path.basename(path))[0])
             continue
+        if not os.path.exists(path):
+            raise DataError(f"{path}: there is no such file or folder")
         for below, ending in walk(path, None):
             name_of.setdefault(os.path.join(path, below), below[: -len(ending)])
     if not name_of:

@@ -760,6 +760,8 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises CheckpointError.
     """
     path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a folder; name a checkpoint in it, such as best.pth")
     if not os.path.isfile(path):
         raise CheckpointError(f"checkpoint {path} does not exist; nothing was started")
     try:
@@ -1989,7 +1991,10 @@ def predict_files(predict: Predictor, paths: list[str], show_dir: Path) -> None:
     for name in path_of:
         for path in output_paths(show_dir, name):
             if os.path.abspath(path) in name_of:
-                raise ConfigError(f"--show-dir {show_dir}: {path} is one of the images to predict")
+                raise ConfigError(
+                    f"--show-dir {show_dir}: {path} is one of the images to predict, perhaps from "
+                    "an earlier call; name a folder outside of theirs"
+                )
     mine = list(name_of)[dist_utils.rank() :: dist_utils.world_size()]
     settings = predict.settings
     batches = predict.data.unlabeled_batches(mine, settings.scale, settings.max_pixels)

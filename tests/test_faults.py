@@ -392,6 +392,11 @@ def test_checkpoint_that_is_refused(straight, tiny, run, tmp_path, flag, kind, p
     assert not Path(tiny["work_dir"]).exists()
 
 
+def test_checkpoint_that_is_a_folder(tmp_path):
+    with pytest.raises(train.CheckpointError, match="is a folder; name a checkpoint in it"):
+        train.load_checkpoint(tmp_path)
+
+
 def test_resume_with_another_model(finished, run):
     option = "model.decode_head.channels=24"
     output = failing(run, finished, "--no-validate", "--resume-from", "auto", "--options", option)

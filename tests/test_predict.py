@@ -230,7 +230,7 @@ def test_files_and_their_names(tmp_path, run, capfd):
     [
         (["--predict", "x"], "--load-from"),
         (["--load-from", "P", "--predict", "images"], "--show-dir"),
-        (["--load-from", "P", "--predict", "missing", "--show-dir", "out"], "no such folder"),
+        (["--load-from", "P", "--predict", "missing", "--show-dir", "out"], "no such file or"),
         (["--load-from", "P", "--predict", "empty", "--show-dir", "out"], "no images"),
         (["--load-from", "P", "--predict", "out", "--show-dir", "out/.."], "images to predict"),
         (["--load-from", "foreign.pth", "--predict", "out", "--show-dir", "o"], "--config"),
