@@ -2757,6 +2757,12 @@ class Data:
                     "image comes. Remove one of them"
                 )
             counts = class_counts(self.train, self.cache, self.workers)
+            missing = [name for name, count in zip(self.classes, counts.sum(0)) if not count]
+            if missing:
+                warnings.warn(
+                    f"no training label shows the class {', '.join(missing)}, so it is not learned",
+                    stacklevel=3,
+                )
             rare = RareClassSampler(counts, self.rare_classes, self.sampling["crop_size"])
         return TrainSamples(self.train, rare_classes=rare, **self.sampling)
 
@@ -2912,10 +2918,12 @@ class Data:
         train_images = image_files(self.train)
         val_images = image_files(self.val)
         common = common_files(train_images, val_images)
+        if self.train_split == self.val_split:  # perhaps of a data set that names no files
+            common = [self.val.name(i) for i in range(len(self.val))]
         if common:
             raise DataError(
-                f"{len(common)} of {len(val_images)} validation images are training images too, "
-                f"such as {common[0]}, so their score does not show how the network does on other "
+                f"{len(common)} of {len(self.val)} validation images are training images too, such "
+                f"as {common[0]}, so their score does not show how the network does on other "
                 "images. Correct data.val_split, data.images or data.files, or set data.fold. If "
                 "it is on purpose, set data.allow_overlap=true"
             )

@@ -54,6 +54,7 @@ from data import (
     Data,
     DataError,
     as_array,
+    check_encoding,
     check_every_sample,
     decoder_name,
     find_images,
@@ -3053,6 +3054,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_run_flags(parser)
     add_other_flags(parser)
+    for argument in sys.argv[1:] if argv is None else argv:
+        check_encoding(str(argument))
     # argparse alone would first complain of a missing --config, whatever else is misspelled.
     args, unknown = parser.parse_known_args(argv)
     if unknown:

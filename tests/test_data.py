@@ -669,6 +669,10 @@ def test_validation_images_are_no_training_images(folder, tmp_path, linked):
     section = {key: folder[key] for key in keys if key in folder}
     if linked == "split":
         section["splits"] = {"val": "train"}
+        shapes = {"type": "synthetic", "batch_size": 1, "crop_size": [64, 64]}
+        same = Data(**shapes, length=3, val_split="train")
+        assert "3 of 3 validation images" in error_of(same.check)
+        Data(**shapes, length=3, val_length=3).check()
     assert expected in error_of(Data(datasets=[section], **concat).check)
 
 
@@ -1034,6 +1038,8 @@ def test_names_that_are_not_utf_8(folder):
     os.rename(os.fsencode(folder["root"]), os.fsencode(folder["root"]) + b"\xe9")
     folder["root"] += os.fsdecode(b"\xe9")
     assert "is not UTF-8" in error_of(lambda: Data(**folder).train)
+    argv = ["--config", "c.json", "--work-dir", folder["root"]]
+    assert "is not UTF-8" in error_of(lambda: train.main(argv))
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -1895,7 +1901,8 @@ def test_rare_classes_come_as_often_as_the_formula_says(tmp_path, monkeypatch):
         write_image(tmp_path / f"set/labels/train/{i:03d}.png", label)
     section |= {"batch_size": 2, "crop_size": [8, 8], "workers": 0, "rare_classes": 0.3}
     dataset = Data(**section)
-    dataset.check()
+    with pytest.warns(UserWarning, match="no training label shows the class never"):
+        dataset.check()
     f = np.array([7 * 256 - 16, 16, 256]) / (8 * 256)
     p = np.exp((1 - f) / 0.3)
     p /= p.sum()
