@@ -22,6 +22,7 @@ import glob
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -37,7 +38,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def decoder_name() -> str:
     with contextlib.suppress(ImportError):
         import imagecodecs
 
-        if imagecodecs.PNG.available:
+        if imagecodecs.SPNG.available:
             return "imagecodecs"
     return "torchvision" if torchvision_decodes() else "Pillow"
 
@@ -138,8 +139,10 @@ def reraise_as_data_error(path: str) -> Iterator[None]:
         ) from None
 
 
-def read(path: str, as_label: bool = False) -> tuple[np.ndarray, bool]:
+def read(path: str, as_label: bool = False, rows: int | None = None) -> tuple[np.ndarray, bool]:
     """Read an image or a label, (H, W) or (H, W, C), and whether its last channel is alpha.
+
+    rows: how many rows from the top are needed; others may be 0. Decoding less of a PNG is faster.
 
     This is what a file means by its content (in brackets, Pillow's name of the mode), as an image
     with data.in_channels 1, 3 or another number n, and as a label. Whatever is missing, and every
@@ -187,7 +190,7 @@ def read(path: str, as_label: bool = False) -> tuple[np.ndarray, bool]:
             if image.format in ("PNG", "WEBP", "GIF") and image.is_animated:
                 raise ValueError("it is an animation")
             orientation = exif_orientation(image)
-            array = decode(image, path, as_label)
+            array = decode(image, path, as_label, rows if orientation == 1 else None)
             if array is None:
                 array = pixels_of(image, as_label)
             has_alpha = array.ndim == 3 and array.shape[-1] in (2, 4)
@@ -224,17 +227,16 @@ def pixels_of(image: Image.Image, as_label: bool = False) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def decode(image: Image.Image, path: str, as_label: bool) -> np.ndarray | None:
+def decode(image: Image.Image, path: str, as_label: bool, rows: int | None) -> np.ndarray | None:
     """Decode a PNG or JPEG that is open in Pillow by a faster decoder, (H, W, C) or (H, W).
 
-    Returns None if there is none for its mode. Checks a PNG in any case.
+    Returns None if there is none for its mode. Checks a PNG in any case. For `rows` see read().
     """
     if image.format not in ("PNG", "JPEG"):
         return None
     content = np.fromfile(path, np.uint8)
-    is_png = image.format == "PNG"
     bits = 8
-    if is_png:
+    if image.format == "PNG":
         check_png(content)
         bits = content[24]  # of a channel
     if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
@@ -244,16 +246,38 @@ def decode(image: Image.Image, path: str, as_label: bool) -> np.ndarray | None:
             f"a label of {bits} bits is ambiguous: are its values 0, 1, ... or scaled to 0..255? "
             "Convert it to 8 bits"
         )
-    if is_png and decoder_name() == "imagecodecs" and "transparency" not in image.info:
-        import imagecodecs
-
-        return imagecodecs.png_decode(content)
+    is_interlaced = content[28]
+    if image.format == "PNG" and bits == 8 and image.mode != "LA" and not is_interlaced:
+        height = image.height
+        rows = height if rows is None else min(rows, height)
+        # Pillow is slower than torchvision, but can stop.
+        if decoder_name() == "imagecodecs" or rows < 0.8 * height:
+            return decode_rows(image, content, rows)
     if torchvision_decodes():
         decoded = torch.ops.image.decode_image(torch.from_numpy(content), 0, False)  # (C, H, W)
         return decoded.permute(1, 2, 0).numpy()
     if bits == 16 and image.mode != "I;16":
-        raise ValueError("Pillow does not keep 16 bits of it; pip install imagecodecs")
+        raise ValueError("Pillow does not keep 16 bits of it, and torchvision has no decoder")
     return None
+
+
+def decode_rows(image: Image.Image, content: np.ndarray, rows: int) -> np.ndarray:
+    """Decode the first rows of a PNG of mode L, RGB or RGBA, without interlacing; others are 0.
+
+    content: (bytes,) uint8. Its header is changed to that of a file with only these rows.
+    """
+    content[20:24] = np.frombuffer(struct.pack(">I", rows), np.uint8)
+    content[29:33] = np.frombuffer(struct.pack(">I", zlib.crc32(content[12:29])), np.uint8)
+    channels = [] if image.mode == "L" else [len(image.mode)]
+    pixels = np.zeros((image.height, image.width, *channels), np.uint8)
+    if decoder_name() == "imagecodecs":
+        import imagecodecs
+
+        imagecodecs.spng_decode(content, out=pixels[:rows])
+    else:
+        with Image.open(io.BytesIO(content)) as part:
+            pixels[:rows] = part
+    return pixels
 
 
 def check_png(content: np.ndarray) -> None:
@@ -404,9 +428,9 @@ def lossy_label(path: str, kind: str) -> DataError:
     )
 
 
-def read_image(path: str, channels: int) -> np.ndarray:
-    """Read an image as (H, W, channels) uint8, uint16 or float32; see the table in read()."""
-    image, has_alpha = read(path)
+def read_image(path: str, channels: int, rows: int | None = None) -> np.ndarray:
+    """Read an image as (H, W, channels) uint8, uint16 or float32; see read()."""
+    image, has_alpha = read(path, rows=rows)
     return with_channels(image, channels, path, has_alpha)
 
 
@@ -830,26 +854,30 @@ class Folder:
 
         The label holds classes, and 255 at ignored pixels.
         """
-        image_path, label_path = self.paths(i)
+        label = self.load_label(i)
+        return self.load_image(i, label.shape), label
+
+    def load_image(self, i: int, size: Size, rows: int | None = None) -> np.ndarray:
+        """Decode the image, which must have the (height, width) of the label.
+
+        rows: how many rows from the top are needed; others may be 0.
+        """
+        path, label_path = self.paths(i)
         with images_of_any_size(self.large_images):
-            image = read_image(image_path, self.in_channels)
-            label = read_label(label_path)
-        if image.shape[:2] != label.shape:
+            image = read_image(path, self.in_channels, rows)
+        height, width = image.shape[:2]
+        if (height, width) != size:
             raise DataError(
-                f"{image_path} is {image.shape[1]}x{image.shape[0]}, but its label {label_path} is "
-                f"{label.shape[1]}x{label.shape[0]}. Both must have the same size: was one of them "
-                "scaled or rotated?"
+                f"{path} is {width}x{height}, but its label {label_path} is {size[1]}x{size[0]}. "
+                "Both must have the same size: was one of them scaled or rotated?"
             )
-        return image, self.classes_of(label, label_path)
+        return image
 
     def load_label(self, i: int) -> np.ndarray:
         """Decode the label alone; see load()."""
         _, path = self.paths(i)
         with images_of_any_size(self.large_images):
-            return self.classes_of(read_label(path), path)
-
-    def classes_of(self, label: np.ndarray, path: str) -> np.ndarray:
-        """The classes (H, W) uint8 of the values in a label file. Raises DataError."""
+            label = read_label(path)
         if label.dtype == bool:
             label = self.of_bits(label, path)
         values = label
@@ -870,7 +898,7 @@ class Folder:
         """
         if set(self.values) == {0, 255}:
             return label * np.uint8(255)
-        if label.any() and not set(self.values) <= {0, 1}:
+        if label.any() and not set(self.values) <= {0, 1, 255}:
             raise DataError(
                 f"{path}: this label of 1 bit a pixel is ambiguous: white may be 1 or 255. Convert "
                 "it to 8 bits"
@@ -1611,15 +1639,17 @@ class Concat:
         """Load image (H, W, C) and label (H, W) uint8 with the classes of the first data set."""
         part, index = self.locate(i)
         image, label = self.parts[part].load(index)
-        if self.tables[part] is not None:
-            label = translate(label, self.tables[part])
-        return image, label
+        return image, self.in_first_classes(part, label)
+
+    def in_first_classes(self, part: int, label: np.ndarray) -> np.ndarray:
+        """The label of a part with the classes of the first data set."""
+        table = self.tables[part]
+        return label if table is None else translate(label, table)
 
     def load_label(self, i: int) -> np.ndarray:
         """Load the label alone; see load()."""
         part, index = self.locate(i)
-        label = load_label(self.parts[part], index)
-        return label if self.tables[part] is None else translate(label, self.tables[part])
+        return self.in_first_classes(part, load_label(self.parts[part], index))
 
     def stamp(self) -> str | None:
         """As Folder.stamp(); None if a part is not read from files."""
@@ -2246,6 +2276,33 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @dataclasses.dataclass(eq=False)
+class Crop:
+    """A part of a scaled sample."""
+
+    scaled: Size  # of the whole
+    box: tuple[int, int, int, int]  # top, left, height and width in it
+    rows: int  # of the image, from the top, that are needed
+    classes: np.ndarray  # (height, width), of the crop
+
+
+def load_crop(dataset, i: int, draw: Callable[[np.ndarray], Crop]) -> tuple[np.ndarray, Crop]:
+    """Load an image (H, W, C) and a crop that is drawn given the label (H, W).
+
+    The rows of the image that the crop does not need may be 0.
+    """
+    if isinstance(dataset, Concat):
+        part, index = dataset.locate(i)
+        in_first = functools.partial(dataset.in_first_classes, part)
+        return load_crop(dataset.parts[part], index, lambda label: draw(in_first(label)))
+    if isinstance(dataset, Folder):
+        label = dataset.load_label(i)
+        crop = draw(label)
+        return dataset.load_image(i, label.shape, crop.rows), crop
+    image, label = dataset.load(i)
+    return image, draw(label)
+
+
+@dataclasses.dataclass(eq=False)
 class TrainSamples(Dataset):
     """Maps a list of sample indices to a training batch. The fields are arguments of `Data`."""
 
@@ -2313,9 +2370,23 @@ class TrainSamples(Dataset):
 
     def sample(self, sample_index: int) -> tuple[Tensor, np.ndarray, list[float]]:
         """Image (C, h, w) and label (h, w), at most crop_size, and the result of draw_color()."""
-        image, label = self.dataset.load(self.dataset_index(sample_index))
-        height, width = label.shape
         rng = np.random.default_rng((self.seed, SAMPLE, sample_index))
+        draw = functools.partial(self.draw_crop, sample_index, rng)
+        image, crop = load_crop(self.dataset, self.dataset_index(sample_index), draw)
+        pixels = resample(image, crop.scaled, crop.box)
+        classes = crop.classes
+        if rng.random() < self.flip:
+            pixels = pixels.flip(-1)
+            classes = np.ascontiguousarray(classes[:, ::-1])
+        color = self.draw_color(rng)
+        if self.transforms:
+            with seeded(int(rng.integers(2**63))):
+                pixels, classes = self.transform(pixels, classes)
+        return pixels, classes, color
+
+    def draw_crop(self, sample_index: int, rng: np.random.Generator, label: np.ndarray) -> Crop:
+        """Draw the size to scale to, and a crop of it that is accepted."""
+        height, width = label.shape
         scaled = scaled_size(height, width, self.scale, rng.uniform(*self.ratio_range))
         h = min(self.crop_size[0], scaled[0])
         w = min(self.crop_size[1], scaled[1])
@@ -2327,15 +2398,8 @@ class TrainSamples(Dataset):
             classes = np.take(label[rows], columns, axis=1)
             if attempt == 10 or self.accepts(classes, sample_index):
                 break
-        pixels = resample(image, scaled, (top, left, h, w))
-        if rng.random() < self.flip:
-            pixels = pixels.flip(-1)
-            classes = np.ascontiguousarray(classes[:, ::-1])
-        color = self.draw_color(rng)
-        if self.transforms:
-            with seeded(int(rng.integers(2**63))):
-                pixels, classes = self.transform(pixels, classes)
-        return pixels, classes, color
+        _, _, last_row = span(top, h, height, scaled[0])
+        return Crop(scaled, (top, left, h, w), last_row, classes)
 
     def transform(self, image: Tensor, label: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Apply data.transforms to a crop (C, h, w) and its label (h, w)."""

@@ -469,11 +469,36 @@ def test_truncated_wide_tiff(tmp_path):
 # ----------------------------------------------------------------------------------------- Decoders
 
 
+def check_first_rows(tmp_path: Path) -> None:
+    for name, content, images, _ in CASES:
+        path = tmp_path / name
+        path.write_bytes(content)
+        for rows in (1, 7, HEIGHT, HEIGHT + 1) if images else ():
+            whole, _ = data.read(str(path))
+            part, _ = data.read(str(path), rows=rows)
+            part = part.reshape(whole.shape)  # (H, W, 1) may be (H, W)
+            assert np.array_equal(part[:rows], whole[:rows]), (name, rows)
+
+
+def test_first_rows(tmp_path):
+    check_first_rows(tmp_path)
+    path = tmp_path / "a.png"
+    content = png(values(3, seed=1), 8, 2)
+    path.write_bytes(content)
+    part, _ = data.read(str(path), rows=3)
+    assert not part[3:].any()  # they have not been decoded
+    for damage in (content[:-30], content[:-20] + b"?" + content[-19:]):
+        path.write_bytes(damage)
+        with pytest.raises(DataError, match="a.png"):
+            data.read(str(path), rows=3)
+
+
 @pytest.mark.optional("imagecodecs")
 def test_imagecodecs_reads_the_same(tmp_path):
     assert data.decoder_name() == "imagecodecs"
     for name, content, images, label in CASES:
         check_file(tmp_path / name, content, images, label)
+    check_first_rows(tmp_path)
     check_damaged_png(tmp_path)
 
 
