@@ -21,6 +21,7 @@ import re
 import traceback
 import types
 import typing
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -4345,7 +4346,8 @@ def with_defaults(cfg: dict) -> dict:
 
 
 def build_on_meta(cfg: dict) -> Segmentor:
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights are not copied to the meta device
         return build_model(cfg)
 
 

@@ -29,7 +29,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -431,9 +430,7 @@ def check_network(config: Config, batch_size: int = 2) -> list[str]:
     """
     notes = []
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # weights are not copied to the meta device
-            model = models.build_model(config.model).train()
+        model = models.build_on_meta(config.model).train()
     except UserError:
         raise
     except Exception as error:
@@ -2716,7 +2713,7 @@ def count_flops(config: Config) -> int | None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with contextlib.suppress(Exception), torch.device("meta"), torch.no_grad():
-        model = models.build_model(config.model).eval()
+        model = models.build_on_meta(config.model).eval()
         channels = config.data.get("in_channels", 3)
         image = torch.zeros(1, channels, *config.data["crop_size"])
         with FlopCounterMode(display=False) as counter:

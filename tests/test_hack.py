@@ -107,6 +107,31 @@ def test_what_needs_values_is_not_refused(tiny, tmp_path, monkeypatch, way, is_o
         assert "decode_head, Curious, fed with [[[2, 8, 12, 12], [2, 16, 6, 6]" in note
 
 
+class Loaded(DecodeHead):
+    """Loads its weights when it is built."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = nn.Conv2d(self.in_channels, self.channels, 1, bias=False)
+        weight = torch.ones(self.conv.weight.shape, device="cpu")
+        self.conv.load_state_dict({"weight": weight})
+
+    def decode(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_module_that_loads_its_weights_causes_no_warnings(tiny, tmp_path, monkeypatch):
+    """Though none are copied where the network is built without memory."""
+    monkeypatch.setitem(models.HEADS, "Loaded", Loaded)
+    head = {"type": "Loaded", "in_channels": 64, "channels": 8, "num_classes": 8}
+    tiny["model"]["decode_head"] = head
+    assert check_network(tiny, tmp_path) == []
+    config = train.read_config(write_config(tiny, tmp_path))
+    assert train.count_flops(config) > 0
+    assert train.complete(train.asdict(config))["model"]["decode_head"]["dropout_ratio"] == 0.1
+
+
 BUGGY = """
 
 
