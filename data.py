@@ -537,7 +537,8 @@ def walk(top: str, suffix: str | None) -> Iterator[tuple[str, str]]:
     """Yield the path below `top` and the suffix of each file that is not hidden; see scan()."""
     if not os.path.isdir(top):
         raise DataError(
-            f"{top}: there is no such folder. Check data.root and the names of the folders in it"
+            f"{top}: there is no such folder. {subfolders_above(top)}. Check data.root, the names "
+            "of the folders in it, and those of the splits, data.train_split and data.val_split"
         )
 
     # Folders to search, each with the real paths of the folders on the way to it.
@@ -593,6 +594,18 @@ def real_path(folder: os.DirEntry, parents: list[str]) -> str:
             "would never end. Remove the link"
         )
     return real
+
+
+def subfolders_above(path: str) -> str:
+    """Say which folders there are where the first missing part of a path would have to be."""
+    parent = os.path.dirname(os.path.abspath(path))
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    found = sorted(glob.glob("*/", root_dir=parent))
+    names = ", ".join(name.rstrip("/") for name in found[:8])
+    if len(found) > 8:
+        names += ", ..."
+    return f"The folders in {parent} are: {names or 'none'}"
 
 
 def find_images(paths: list[str]) -> dict[str, str]:
@@ -761,7 +774,8 @@ class Folder:
                 f"(data.image_suffix: {image_suffix or 'any'})"
             )
         if hint and not files:
-            warnings.warn(hint, stacklevel=2)
+            suffixes = image_suffix or ", ".join(sorted(SUFFIXES))
+            warnings.warn(f"{hint}They are not used. Images end in {suffixes}", stacklevel=2)
         pairs += [(image_of[name], label_of[name]) for name in names]
         for image, label in pairs:
             if os.path.normpath(image) == os.path.normpath(label):
@@ -951,7 +965,10 @@ class Folder:
                 "data.classes and data.values"
             )
         else:
-            hint = "Correct the file, or the list in data.classes"
+            hint = (
+                "Correct the file, the list in data.classes, or data.values, which lists the value "
+                "of each class in the files"
+            )
         return (
             f"{path}: {subject} {shown} ({share:.1%} of the pixels) outside the "
             f"{len(self.classes)} classes. Allowed: {allowed}; ignored: {ignored}. {hint}"
