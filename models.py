@@ -4040,11 +4040,15 @@ def suggest(name: str, right: list[str]) -> str:
 def no_such_type(name: str, kind: str, right: list[str]) -> str:
     """The message about a type that does not exist; kind: "backbones", "heads" and so on.
 
-    Only a misspelling and a missing "Head" or "Loss" are corrected: neither HRNet nor MobileNetV2
-    is suggested for UNet and MobileNetV3.
+    Only a misspelling and a missing "Head" or "Loss" are corrected, never the first letter or a
+    number: HRNet, MobileNetV2 and DiceLoss are not suggested for UNet, MobileNetV3 and CELoss.
     """
     numbers = re.findall(r"\d+", name)
-    known = {other.lower(): other for other in right if re.findall(r"\d+", other) == numbers}
+    known = {
+        other.lower(): other
+        for other in right
+        if re.findall(r"\d+", other) == numbers and other[0].lower() == name[:1].lower()
+    }
     completed = (f"{name}head".lower(), f"{name}loss".lower())
     close = [other for other in completed if other in known]
     close += difflib.get_close_matches(name.lower(), known, 1, cutoff=0.85)
