@@ -380,7 +380,13 @@ def test_two_jobs_on_the_same_nodes_do_not_collide(runs: Runs):
 # -------------------------------------------------------------------------- Stopped, lost, resumed
 
 preemptible = ("--partition", "dev", "--time", 60)
-submitted("preempted", *TWO_NODES, *preemptible, nodes="node[3-4]", setup="export PAUSE=0.5")
+# The pauses last long enough for the scheduler of a busy machine.
+submitted(
+    "preempted",
+    *(*TWO_NODES, *preemptible),
+    nodes="node[3-4]",
+    setup='[ "$SLURM_RESTART_COUNT" ] || export PAUSE=2',
+)
 
 
 @once(lambda runs: runs.iteration("preempted") >= 3)
