@@ -266,7 +266,7 @@ def test_variations_of_own_data(situations: tuple, tmp_path: Path, monkeypatch, 
         assert "8 images to train on, 2 to evaluate on" in output
         return
     assert "6 images to train on, 2 to evaluate on" in output
-    (line,) = [line for line in commands(README) if "data.val_split=test" in line]
+    (line,) = [line for line in commands(README) if "mine/best.pth --eval-only" in line]
     train.main(arguments(line, "train.py"))
     _, val_labels, test_labels = labels.values()
     values = layout["values"][-len(classes) :]
