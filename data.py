@@ -78,7 +78,9 @@ class DataError(UserError):
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM")  # as Pillow names them
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")  # MPO is a JPEG of several pictures
-LOSSLESS_TIFF = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}  # values of the tag Compression
+# Values of TIFF's tag Compression: none, CCITT (three kinds), LZW, deflate (two), PackBits, LZMA,
+# Zstandard.
+LOSSLESS_TIFF = {1, 2, 3, 4, 5, 8, 32946, 32773, 34925, 50000}
 # Part of the keys of data.cache. To be raised whenever files are read differently.
 READING_VERSION = 2
 
@@ -235,10 +237,12 @@ def decode(image: Image.Image, path: str, as_label: bool, rows: int | None) -> n
     if image.format not in ("PNG", "JPEG"):
         return None
     content = np.fromfile(path, np.uint8)
-    bits = 8
+    bits = 8  # of a channel
+    has_rows = False  # whether rows are stored one after another, as in a PNG without interlacing
     if image.format == "PNG":
         check_png(content)
-        bits = content[24]  # of a channel
+        bits = content[24]
+        has_rows = content[28] == 0
     if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
         return None
     if as_label and bits < 8:
@@ -246,8 +250,7 @@ def decode(image: Image.Image, path: str, as_label: bool, rows: int | None) -> n
             f"a label of {bits} bits is ambiguous: are its values 0, 1, ... or scaled to 0..255? "
             "Convert it to 8 bits"
         )
-    is_interlaced = content[28]
-    if image.format == "PNG" and bits == 8 and image.mode != "LA" and not is_interlaced:
+    if bits == 8 and image.mode in ("L", "RGB", "RGBA") and has_rows:
         height = image.height
         rows = height if rows is None else min(rows, height)
         # Pillow is slower than torchvision, but can stop.
@@ -359,15 +362,17 @@ def read_tiff(image: Image.Image, path: str, as_label: bool) -> tuple[np.ndarray
     pages = []
     for number in range(image.n_frames):
         image.seek(number)
-        pages.append((image.tag_v2.get(254, 0), image.size))
+        pages.append((image.tag_v2.get(ExifTags.Base.NewSubfileType, 0), image.size))
     bands = []
     for number in bands_of_tiff(pages):
         image.seek(number)
         if not pillow_keeps(image):
             return read_with_tifffile(path, as_label)
-        if as_label and image.tag_v2.get(259, 1) not in LOSSLESS_TIFF:
+        compression = image.tag_v2.get(ExifTags.Base.Compression, 1)
+        if as_label and compression not in LOSSLESS_TIFF:
             raise lossy_label(path, f"TIFF with the compression {image.info.get('compression')}")
-        if as_label and image.mode == "L" and max(image.tag_v2.get(258, (8,))) < 8:
+        bits = max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,)))
+        if as_label and image.mode == "L" and bits < 8:
             raise ValueError("a label of 2 or 4 bits is ambiguous; convert it to 8 bits")
         bands.append(pixels_of(image, as_label))
     if len(bands) > 1:
@@ -377,12 +382,15 @@ def read_tiff(image: Image.Image, path: str, as_label: bool) -> tuple[np.ndarray
 
 def pillow_keeps(page: Image.Image) -> bool:
     """Whether Pillow reads all channels and bits of this page of a TIFF, and their signs."""
-    is_inverted = page.tag_v2.get(262) == 0
-    bits = max(page.tag_v2.get(258, (1,)))
-    samples = page.tag_v2.get(277, 1)
-    sample_format = page.tag_v2.get(339, (1,))[0]
-    if bits == 8 and sample_format == 2 or bits == 32 and sample_format == 1:
-        return False  # int8, uint32
+    tags = page.tag_v2
+    is_inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    bits = max(tags.get(ExifTags.Base.BitsPerSample, (1,)))
+    samples = tags.get(ExifTags.Base.SamplesPerPixel, 1)
+    sample_format = tags.get(ExifTags.Base.SampleFormat, (1,))[0]  # 1: unsigned, 2: signed
+    is_int8 = bits == 8 and sample_format == 2
+    is_uint32 = bits == 32 and sample_format == 1
+    if is_int8 or is_uint32:
+        return False
     if bits > 8 and (is_inverted or samples > 1):
         return False
     return samples == len(page.getbands())
@@ -413,7 +421,7 @@ def read_with_tifffile(path: str, as_label: bool) -> tuple[np.ndarray, bool]:
             bands[number] = np.moveaxis(bands[number], 0, -1)
         elif page.axes not in ("YX", "YXS"):
             raise ValueError(f"its axes are {page.axes}")
-        orientation = page.tags.valueof(274, 1)
+        orientation = page.tags.valueof(ExifTags.Base.Orientation, 1)
         bands[number] = turn_upright(bands[number], orientation)
     if len(bands) > 1:
         return np.stack(bands, axis=-1), False

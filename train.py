@@ -2686,6 +2686,7 @@ def announce(
         sizes.append(f"{len(data.train)} images to train on")
     if args.eval_only or not args.no_validate:
         sizes.append(f"{len(data.val)} to evaluate on")
+    decoder = "" if data.type == "synthetic" else f"; PNG files decoded by {decoder_name()}"
     world_size = dist_utils.world_size()
     share = data.batch_size // (world_size * data.accumulate)
     batch = f"batch: {data.batch_size} = {world_size} x {share} x {data.accumulate}"
@@ -2695,8 +2696,7 @@ def announce(
         place += f" ({torch.cuda.get_device_name(device)})"
     for line in (
         network,
-        f"data: {data.type}, {', '.join(sizes)}; {len(data.classes)} classes; PNG files decoded by "
-        f"{decoder_name()}",
+        f"data: {data.type}, {', '.join(sizes)}; {len(data.classes)} classes{decoder}",
         f"{batch}, in {precision} {place}",
         f"work_dir: {config.work_dir}",
     ):
@@ -2907,7 +2907,10 @@ def run(  # noqa: PLR0915
 
         # The validation that was due when the checkpoint was saved failed or was interrupted.
         if not state.validated:
-            save_and_validate(state, config, write, score, True, not args.no_validate)
+            validation_is_due = not args.no_validate
+            save_and_validate(
+                state, config, write, score, save_is_due=True, validation_is_due=validation_is_due
+            )
         warm_up(state, net, data, autocast, run_dir)
         timer = StepTimer()
         stopping = not state.validated

@@ -200,6 +200,13 @@ CASES = [
         gray(LEVELS[CLASSES]),
         LEVELS[CLASSES],
     ),
+    # 26 bytes, as many as it takes to be opened.
+    (
+        "cut.jpg",
+        bytes.fromhex("ffd8 ffc0000b080002000201011100 ffda0008010100003f00 00"),
+        {},
+        None,
+    ),
     ("grays-short.png", png(CLASSES, 8, 3, chunk(b"PLTE", bytes(GRAYS[:9]))), {}, None),
     (
         "grays.tif",
