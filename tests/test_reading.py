@@ -500,9 +500,9 @@ def test_first_rows(tmp_path):
             data.read(str(path), rows=3)
 
 
-@pytest.mark.optional("imagecodecs")
-def test_imagecodecs_reads_the_same(tmp_path):
-    assert data.decoder_name() == "imagecodecs"
+@pytest.mark.optional("pywuffs")
+def test_wuffs_reads_the_same(tmp_path):
+    assert data.decoder_name() == "pywuffs"
     for name, content, images, label in CASES:
         check_file(tmp_path / name, content, images, label)
     check_first_rows(tmp_path)
