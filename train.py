@@ -848,6 +848,15 @@ class TrainState:
         # Without a checkpoint, logs are left over from a run that died before its first save.
         self.log_sizes = dict.fromkeys(RunDir.LOGS, 0)
 
+    def record_score(self, miou: float) -> bool:
+        """Record a finished validation. Return whether its mIoU is the best so far."""
+        if self.best and miou <= self.best["mIoU"]:
+            self.validations_since_best += 1
+            return False
+        self.validations_since_best = 0
+        self.best = {"mIoU": miou, "iteration": self.iteration}
+        return True
+
     def state_dict(self) -> dict:
         state = {
             "state_dict": self.model.state_dict(),
@@ -1116,14 +1125,14 @@ class RunDir:
 
     def metrics(self, mode: str, iteration: int, values: dict) -> None:
         """Adds a line to metrics.jsonl, and the scalars among `values` to TensorBoard."""
-        if self.logs:
-            record = {"mode": mode, "iteration": iteration} | values
-            self.append("metrics.jsonl", json.dumps(record) + "\n")
-        if self.board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    with contextlib.suppress(OSError):
-                        self.board.add_scalar(f"{mode}/{name}", value, iteration)
+        if not self.logs:
+            return
+        record = {"mode": mode, "iteration": iteration} | values
+        self.append("metrics.jsonl", json.dumps(record) + "\n")
+        for name, value in values.items():
+            if self.board and isinstance(value, (int, float)):
+                with contextlib.suppress(OSError):
+                    self.board.add_scalar(f"{mode}/{name}", value, iteration)
 
     def draw(self, iteration: int, metrics: dict, classes: Sequence[str], preview: Path) -> None:
         """Draws a validation for TensorBoard and, where matplotlib is installed, as pictures.
@@ -1605,7 +1614,7 @@ def gather_iou(
 
 
 @contextlib.contextmanager
-def small_images_named(
+def explain_small_images(
     model: Segmentor, data: Data, batch: dict, name_of: Callable
 ) -> Iterator[None]:
     """Raises UserError instead of an error of the network if it takes larger images than these.
@@ -1827,45 +1836,38 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     is_interrupted = torch.zeros((), device=device)
     scored = []  # of each batch the images' numbers (n), the loss () and the mean IoU (n)
-    batches = data.val_batches(
-        dist_utils.rank(),
-        dist_utils.world_size(),
-        settings.scale,
-        settings.batch_size if settings.mode == "whole" else 1,
-    )
-    # One autocast around the loop keeps the weights that it has cast.
+    rank = dist_utils.rank()
+    batch_size = settings.batch_size if settings.mode == "whole" else 1
+    batches = data.val_batches(rank, dist_utils.world_size(), settings.scale, batch_size)
+    # One autocast around all batches keeps the weights that it has cast.
     with evaluation_mode(model), autocast():
         for batch in tqdm(batches, "evaluate", leave=False, disable=is_quiet()):
             if interrupted():
                 is_interrupted += 1
                 break
-            label = batch["label"].to(device, non_blocking=True)
-            batch["label"] = label
-            with small_images_named(model, data, batch, data.val.name):
+            batch["label"] = batch["label"].to(device, non_blocking=True)
+            with explain_small_images(model, data, batch, data.val.name):
                 prediction, loss_sum = predict_batch(model, data, batch, device, settings, augment)
             loss += loss_sum
-            counts = count_pixels(label, prediction, num_classes)
+            counts = count_pixels(batch["label"], prediction, num_classes)
             confusion += counts.sum(0)
             # A copy, as the batch lies in memory that it shares with a worker.
             scored.append((batch["index"].clone(), loss_sum, mean_iou(counts)))
             if show_dir:
                 write_predictions(show_dir, batch, prediction, data)
-    if dist_utils.all_reduce(is_interrupted):
-        return None
-    dist_utils.all_reduce(confusion)
-    dist_utils.all_reduce(loss)
-    if not loss.isfinite():
-        raise not_finite_output(scored, data, device)
-    if preview:
-        image_iou = gather_iou(scored, len(data.val), device)
-        if dist_utils.rank() == 0:
-            with evaluation_mode(model), autocast():
+        if dist_utils.all_reduce(is_interrupted):
+            return None
+        dist_utils.all_reduce(confusion)
+        dist_utils.all_reduce(loss)
+        if not loss.isfinite():
+            raise not_finite_output(scored, data, device)
+        if preview:
+            image_iou = gather_iou(scored, len(data.val), device)
+            if rank == 0:
                 draw_preview(preview, image_iou, model, data, device, settings)
     confusion = confusion.view(num_classes, num_classes)
-    metrics = compute_metrics(confusion)
-    metrics["loss"] = (loss / confusion.sum().clamp(min=1)).item()
-    metrics["confusion"] = confusion.tolist()
-    return metrics
+    mean_loss = (loss / confusion.sum().clamp(min=1)).item()
+    return compute_metrics(confusion) | {"loss": mean_loss, "confusion": confusion.tolist()}
 
 
 # ------------------------------------------------------------------------------ Prediction, export
@@ -1927,7 +1929,7 @@ class Predictor:
                 with (
                     evaluation_mode(self.model),
                     self.autocast(),
-                    small_images_named(self.model, self.data, batch, lambda index: name),
+                    explain_small_images(self.model, self.data, batch, lambda index: name),
                 ):
                     classes, loss = predict_batch(
                         self.model, self.data, batch, self.device, self.settings, self.augment
@@ -2072,6 +2074,9 @@ def overlay(
     return with_legend(picture, names, [palette[index] for index in found])
 
 
+EXPORT_CHECKS = ((256, 320), (225, 353))  # sizes at which an exported network is tried
+
+
 class ExportedNetwork(nn.Module):
     """Images (N, C, H, W), as the files hold them -> classes (N, H, W) uint8.
 
@@ -2125,11 +2130,12 @@ def trace(
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     dynamic = torch.export.Dim.DYNAMIC
-    for batch_size in ("N", "1"):
-        image = sample_image(2 if batch_size == "N" else 1, channels, 256, 320, dtype)
-        shapes = {2: dynamic, 3: dynamic}
-        if batch_size == "N":
-            shapes[0] = dynamic
+    attempts = [
+        ("N", 2, {0: dynamic, 2: dynamic, 3: dynamic}),
+        ("1", 1, {2: dynamic, 3: dynamic}),
+    ]
+    for batch_size, count, shapes in attempts:
+        image = sample_image(count, channels, 256, 320, dtype)
         try:
             with (
                 torch.no_grad(),
@@ -2138,8 +2144,8 @@ def trace(
                 sdpa_kernel(SDPBackend.MATH),
             ):
                 program = torch.export.export(network, (image,), dynamic_shapes=(shapes,))
-                for size in ((1, 256, 320), (1, 225, 353)):
-                    program.module()(sample_image(size[0], channels, *size[1:], dtype))
+                for height, width in EXPORT_CHECKS:
+                    program.module()(sample_image(1, channels, height, width, dtype))
             return program, batch_size
         except Exception as error:  # torch.export raises many kinds
             failure = error
@@ -2225,7 +2231,7 @@ def check_exported(
             return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
 
     lines = []
-    for height, width in ((256, 320), (225, 353)):
+    for height, width in EXPORT_CHECKS:
         image = sample_image(1, channels, height, width, dtype)
         with torch.inference_mode():
             differ = (exported(image) != network(image)).sum().item()
@@ -2530,12 +2536,7 @@ def validate(
     run_dir.metrics(mode, state.iteration, metrics)
     if preview:
         run_dir.draw(state.iteration, metrics, data.classes, preview)
-    if state.best and metrics["mIoU"] <= state.best["mIoU"]:
-        state.validations_since_best += 1
-        return False
-    state.validations_since_best = 0
-    state.best = {"mIoU": metrics["mIoU"], "iteration": state.iteration}
-    return True
+    return state.record_score(metrics["mIoU"])
 
 
 def is_due(state: TrainState, max_iters: int, interval: int) -> bool:
@@ -2543,15 +2544,11 @@ def is_due(state: TrainState, max_iters: int, interval: int) -> bool:
     return state.iteration % interval == 0 or state.iteration == max_iters
 
 
-def is_out_of_patience(state: TrainState, config: Config) -> bool:
-    """Whether evaluation.patience ends the run, since the mIoU has stopped to grow."""
-    patience = config.evaluation.patience
-    return patience is not None and state.validations_since_best >= patience
-
-
 def is_finished(state: TrainState, config: Config) -> bool:
     is_last = state.iteration >= config.schedule["max_iters"]
-    return state.validated and (is_last or is_out_of_patience(state, config))
+    patience = config.evaluation.patience
+    is_early = patience is not None and state.validations_since_best >= patience
+    return state.validated and (is_last or is_early)
 
 
 def checkpoint_content(state: TrainState, config: Config, data: Data) -> dict:
@@ -2580,23 +2577,21 @@ def save(state: TrainState, config: Config, data: Data, run_dir: RunDir, names: 
 def save_and_validate(
     state: TrainState,
     config: Config,
-    write: Callable,
+    save_as: Callable,
     score: Callable,
     save_is_due: bool,
     validation_is_due: bool,
 ) -> None:
-    """Saves a checkpoint, validates, and saves once more with the score.
+    """Save a checkpoint and validate, whichever is due.
 
-    write(names) writes a checkpoint; score() returns what validate() returns.
+    save_as(names) saves a checkpoint; score() returns what validate() returns.
 
-    The checkpoint comes first, because the validation may fail. Where none was due, one is written
-    if there is no score, so that a resume can make up for the validation, and at the end of the
-    run.
+    The checkpoint comes first, because the validation may fail, and is saved again with the score.
     """
     names = [f"iter_{state.iteration}.pth", "latest.pth"]
     state.validated = not validation_is_due
     if save_is_due:
-        write(names)
+        save_as(names)
     if not validation_is_due:
         return
     is_best = None  # as it stays if the validation fails or a signal interrupts it
@@ -2605,10 +2600,12 @@ def save_and_validate(
     finally:
         state.validated = is_best is not None
         best = ["best.pth"] if is_best else []
-        if state.validated == save_is_due or is_finished(state, config):
-            write(names + best)
+        has_new_score = save_is_due and state.validated
+        lacks_validation = not save_is_due and not state.validated  # a resumed run makes up for it
+        if has_new_score or lacks_validation or is_finished(state, config):
+            save_as(names + best)
         elif best:
-            write(best)
+            save_as(best)
 
 
 def report(
@@ -2659,20 +2656,19 @@ def wrap_line(text: str) -> str:
     return "\n    ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
-def announce(
+def log_start(
     state: TrainState,
     notes: list[str],
     data: Data,
     args: argparse.Namespace,
     config: Config,
-    precision: str,
-    device: torch.device,
     run_dir: RunDir,
 ) -> None:
     """Logs what runs on which data, where it starts and what is to come."""
     if dist_utils.rank() > 0:
         return
     model = state.model
+    device = next(model.parameters()).device
     parts = [model.backbone, model.neck, model.decode_head, model.auxiliary_head]
     names = [type(part).__name__ for part in parts if part is not None]
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -2697,7 +2693,7 @@ def announce(
     for line in (
         network,
         f"data: {data.type}, {', '.join(sizes)}; {len(data.classes)} classes{decoder}",
-        f"{batch}, in {precision} {place}",
+        f"{batch}, in {choose_precision(config.precision, device)} {place}",
         f"work_dir: {config.work_dir}",
     ):
         run_dir.log(wrap_line(line))
@@ -2705,7 +2701,7 @@ def announce(
     warned = batch_warnings(model, data) + setting_warnings(config, data, model)
     run_dir.log(*map(wrap_line, warned))
     if not args.eval_only:
-        run_dir.log(what_is_to_come(state, args, config))
+        run_dir.log(remaining_work(state, args, config))
 
 
 def count_flops(config: Config) -> int | None:
@@ -2722,7 +2718,7 @@ def count_flops(config: Config) -> int | None:
     return None
 
 
-def what_is_to_come(state: TrainState, args: argparse.Namespace, config: Config) -> str:
+def remaining_work(state: TrainState, args: argparse.Namespace, config: Config) -> str:
     max_iters = config.schedule["max_iters"]
     if is_finished(state, config):
         key = "evaluation.patience" if state.iteration < max_iters else "schedule.max_iters"
@@ -2740,26 +2736,37 @@ def what_is_to_come(state: TrainState, args: argparse.Namespace, config: Config)
     return f"to come: iterations: {steps}, validations: {validations}"
 
 
-def last_lines(state: TrainState, config: Config, run_dir: RunDir) -> list[str]:
-    """The result of a finished run: where it is, and what to do with it."""
-    weights = run_dir.path / "latest.pth"
-    lines = []
-    if state.iteration < config.schedule["max_iters"]:
-        lines.append(
+def log_end(state: TrainState, config: Config, run_dir: RunDir) -> str:
+    """Log the result and what to do with it. Return "done", or "stopped" by a signal.
+
+    Raises CheckpointError if the last checkpoint could not be written.
+    """
+    max_iters = config.schedule["max_iters"]
+    if not is_finished(state, config):
+        run_dir.log(
+            f"stopped by a signal after iteration {state.iteration} of {max_iters}; "
+            "go on with --resume-from auto"
+        )
+        return "stopped"
+    if run_dir.save_error:
+        raise CheckpointError(f"the last {run_dir.save_error}")
+    if state.iteration < max_iters:
+        run_dir.log(
             f"finished early: the last {state.validations_since_best} validations brought no "
             "better mIoU (evaluation.patience)"
         )
+    weights = run_dir.path / "latest.pth"
     if state.best:
         score = f"best mIoU {100 * state.best['mIoU']:.2f} at iteration {state.best['iteration']}"
         if (run_dir.path / "best.pth").exists():
             weights = run_dir.path / "best.pth"
-        lines.append(f"{score}: {weights}")
+        run_dir.log(f"{score}: {weights}")
     preview = run_dir.path / "preview" / f"iter_{state.iteration}.png"
     if preview.exists():
-        lines.append(f"preview: {preview}")
+        run_dir.log(f"preview: {preview}")
     weights = shlex.quote(str(weights))
-    lines.append(f"next: python train.py --load-from {weights} --predict IMAGES --show-dir DIR")
-    return lines
+    run_dir.log(f"next: python train.py --load-from {weights} --predict IMAGES --show-dir DIR")
+    return "done"
 
 
 def build_network(
@@ -2862,39 +2869,33 @@ def make_folder(path: str) -> Path:
 def run(  # noqa: PLR0915
     args: argparse.Namespace, config: Config, device: torch.device, notes: Sequence[str] = ()
 ) -> str:
-    """One experiment from its config to its end: "done", or "stopped" by a signal, state saved.
+    """Run one experiment to its end. Return "done", or "stopped" by a signal, with the state saved.
 
     notes: for the log.
     """
     rank = dist_utils.rank()
-    world_size = dist_utils.world_size()
     max_iters = config.schedule["max_iters"]
 
-    # Arithmetic.
-    precision, autocast = choose_arithmetic(config, device)
-
     # Data, network, optimizer.
+    precision, autocast = choose_arithmetic(config, device)
     data = load_data(args, config, device)
     state = build_state(config, data, device, precision)
-    model = state.model
-    optimizer = state.optimizer
 
     # Where to start.
     notes = [*notes, *initialize(state, args, config, data.classes)]
     start = state.iteration
-    net = wrap(model, config)
+    net = wrap(state.model, config)
     batches = None
     if not args.eval_only:
-        batches = data.train_batches(rank, world_size, start)
+        batches = data.train_batches(rank, dist_utils.world_size(), start)
 
     # The run directory.
     run_dir = RunDir(Path(config.work_dir), config.checkpoint.keep)
     run_dir.open(config, state, args.eval_only)
-    announce(state, notes, data, args, config, precision, device, run_dir)
-    due = functools.partial(is_due, state, max_iters)
-    evaluation = functools.partial(validate, state, data, device, autocast, args, config, run_dir)
+    log_start(state, notes, data, args, config, run_dir)
+    validation = functools.partial(validate, state, data, device, autocast, args, config, run_dir)
     if args.eval_only:
-        evaluation()
+        validation()
         return "done"
 
     with (
@@ -2902,14 +2903,15 @@ def run(  # noqa: PLR0915
         dist_utils.StopSignal() as stop,
         tqdm(total=max_iters, initial=start, disable=is_quiet()) as bar,
     ):
-        write = functools.partial(save, state, config, data, run_dir)
-        score = functools.partial(evaluation, lambda: stop.received)
+        due = functools.partial(is_due, state, max_iters)
+        save_as = functools.partial(save, state, config, data, run_dir)
+        score = functools.partial(validation, interrupted=lambda: stop.received)
 
         # The validation that was due when the checkpoint was saved failed or was interrupted.
         if not state.validated:
             validation_is_due = not args.no_validate
             save_and_validate(
-                state, config, write, score, save_is_due=True, validation_is_due=validation_is_due
+                state, config, save_as, score, save_is_due=True, validation_is_due=validation_is_due
             )
         warm_up(state, net, data, autocast, run_dir)
         timer = StepTimer()
@@ -2917,7 +2919,7 @@ def run(  # noqa: PLR0915
         while not stopping and not is_finished(state, config):
             # All that is scheduled or random is a function of the iteration: a resumed run is the
             # same run.
-            lr = set_learning_rate(optimizer, state.iteration, config)
+            lr = set_learning_rate(state.optimizer, state.iteration, config)
             torch.manual_seed(step_seed(config.seed, state.iteration, rank))
 
             with timer.waiting_for_data():
@@ -2930,7 +2932,7 @@ def run(  # noqa: PLR0915
             if not math.isfinite(losses["loss"]):
                 stop_on_non_finite(state, losses, is_first, config, data, run_dir)
             if is_first:
-                check_gradients(model, run_dir)
+                check_gradients(state.model, run_dir)
             optimizer_step(state, config.clip_grad)
             update_ema(state, config.ema_decay)
             state.iteration += 1
@@ -2947,19 +2949,9 @@ def run(  # noqa: PLR0915
             with timer.pause():
                 save_is_due = due(config.checkpoint.interval) or stopping
                 validation_is_due = due(config.evaluation.interval) and not args.no_validate
-                save_and_validate(state, config, write, score, save_is_due, validation_is_due)
+                save_and_validate(state, config, save_as, score, save_is_due, validation_is_due)
             stopping = stopping or not state.validated
-
-    if not is_finished(state, config):
-        run_dir.log(
-            f"stopped by a signal after iteration {state.iteration} of {max_iters}; "
-            "go on with --resume-from auto"
-        )
-        return "stopped"
-    if run_dir.save_error:
-        raise CheckpointError(f"the last {run_dir.save_error}")
-    run_dir.log(*last_lines(state, config, run_dir))
-    return "done"
+    return log_end(state, config, run_dir)
 
 
 # ------------------------------------------------------------------------------------- Command line
@@ -3075,9 +3067,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     options = list(args.options)
     if args.work_dir:
         options.append(f"work_dir={json.dumps(args.work_dir)}")
-    is_used = args.predict or args.export
-    if is_used:
-        check_use(args)
+    is_inference = args.predict or args.export
+    if is_inference:
+        check_inference_flags(args)
     if args.config:
         config = read_config(args.config, options)
     else:
@@ -3094,12 +3086,15 @@ def main(argv: Sequence[str] | None = None) -> str:
         data = Data(**normalization | config.data, seed=config.seed)
         check_every_sample(data, folder / "contact_sheet.png")
         return "done"
-    notes = [] if is_used else check_network(config)
+    notes = [] if is_inference else check_network(config)
     if config.deterministic:  # cuBLAS reads this when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = dist_utils.init(timeout=config.timeout)
     try:
-        ending = use(args, config, device) if is_used else run(args, config, device, notes)
+        if is_inference:
+            ending = run_inference(args, config, device)
+        else:
+            ending = run(args, config, device, notes)
         # Not after an error: cleaning up would wait for processes that may be gone.
         dist_utils.cleanup()
         return ending
@@ -3107,7 +3102,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         raise as_user_error(error) from None
 
 
-def check_use(args: argparse.Namespace) -> None:
+def check_inference_flags(args: argparse.Namespace) -> None:
     """Checks the arguments that go with --predict and --export. Raises ConfigError."""
     if not args.load_from:
         raise ConfigError("--predict and --export need a checkpoint: name it by --load-from")
@@ -3117,7 +3112,7 @@ def check_use(args: argparse.Namespace) -> None:
         raise ConfigError(f"--export {args.export}: expected a name that ends in .onnx or .pt2")
 
 
-def use(args: argparse.Namespace, config: Config, device: torch.device) -> str:
+def run_inference(args: argparse.Namespace, config: Config, device: torch.device) -> str:
     """Predicts images, exports the network, or both. Returns "done"."""
     checkpoint = load_checkpoint(args.load_from)
     if args.predict:
