@@ -102,7 +102,7 @@ def torchvision_decodes() -> bool:
 
 @functools.cache
 def decoder_name() -> str:
-    """The package that decodes PNG files; pywuffs is the fastest, but need not be installed."""
+    """Return the package that decodes PNG files: pywuffs, the fastest, if it is installed."""
     if importlib.util.find_spec("pywuffs"):
         return "pywuffs"
     return "torchvision" if torchvision_decodes() else "Pillow"
@@ -205,7 +205,7 @@ def read_npy(path: str) -> np.ndarray:
 
 
 def pixels_of(image: Image.Image, as_label: bool = False) -> np.ndarray:
-    """The pixels of a Pillow image, (H, W) or (H, W, C); see the table in read()."""
+    """Return the pixels of a Pillow image, (H, W) or (H, W, C); see the table in read()."""
     if image.mode == "P":
         indices = np.array(image)
         # (entries, 3); Pillow may have read less than 256 of them.
@@ -320,7 +320,7 @@ def check_png(content: np.ndarray) -> None:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8, of a file that has just been opened and not been decoded."""
+    """Return EXIF's orientation, 1 to 8, of a file that was just opened and not decoded yet."""
     if image.format == "TIFF":
         return 1  # Pillow turns it
     orientation = 1
@@ -334,7 +334,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def has_late_exif(file) -> bool:
-    """Whether a PNG has EXIF data behind its pixels."""
+    """Return whether a PNG has EXIF data behind its pixels."""
     position = file.tell()
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 2**16))
@@ -360,7 +360,7 @@ def is_tiff(path: str) -> bool:
 
 
 def bands_of_tiff(pages: list[tuple[int, Size]]) -> list[int]:
-    """Which pages of a TIFF are its bands, by their tag NewSubfileType and size."""
+    """Return which pages of a TIFF are its bands, by their tag NewSubfileType and size."""
     _, first_size = pages[0]
     bands = []
     for number, (subfile_type, size) in enumerate(pages):
@@ -398,7 +398,7 @@ def read_tiff(image: Image.Image, path: str, as_label: bool) -> tuple[np.ndarray
 
 
 def pillow_keeps(page: Image.Image) -> bool:
-    """Whether Pillow reads all channels and bits of this page of a TIFF, and their signs."""
+    """Return whether Pillow reads all channels and bits of this page of a TIFF, and their signs."""
     tags = page.tag_v2
     is_inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
     bits = max(tags.get(ExifTags.Base.BitsPerSample, (1,)))
@@ -462,7 +462,7 @@ def read_image(path: str, channels: int, rows: int | None = None) -> np.ndarray:
 def with_channels(
     image: np.ndarray, channels: int, name: str, has_alpha: bool = False
 ) -> np.ndarray:
-    """An image (H, W) or (H, W, C) as (H, W, channels) uint8, uint16 or float32; see read().
+    """Return an image (H, W) or (H, W, C) as (H, W, channels) uint8, uint16 or float32; see read().
 
     Raises DataError, which calls the image `name`.
     """
@@ -488,7 +488,7 @@ def with_channels(
 
 
 def image_size(path: str) -> Size:
-    """(height, width) of an image as read() gives it; reads only the header if possible."""
+    """Return (height, width) of an image as read() gives it, by its header if possible."""
     with reraise_as_data_error(path):
         if path.endswith(".npy"):
             return np.load(path, mmap_mode="r").shape[:2]
@@ -543,7 +543,7 @@ def scan(root: str, folder: str, suffix: str | None) -> dict[str, str]:
 
 
 def composed(name: str) -> str:
-    """A name in the Unicode form NFC. macOS writes file names in NFD, other systems in NFC."""
+    """Return a name in the Unicode form NFC. macOS writes file names in NFD, others in NFC."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
@@ -586,7 +586,7 @@ def walk(top: str, suffix: str | None) -> Iterator[tuple[str, str]]:
 
 
 def entries_of(folder: str) -> list[os.DirEntry]:
-    """The files and folders in `folder` that are not hidden, sorted by name."""
+    """Return the files and folders in `folder` that are not hidden, sorted by name."""
     check_encoding(folder)
     try:
         with os.scandir(folder) as entries:
@@ -606,7 +606,7 @@ def entries_of(folder: str) -> list[os.DirEntry]:
 
 
 def real_path(folder: os.DirEntry, parents: list[str]) -> str:
-    """The real path of a folder that was found in the last of `parents`, which are real paths.
+    """Return the real path of a folder that was found in the last of `parents`, real paths too.
 
     Raises DataError for a link by which a search would run in a circle.
     """
@@ -662,7 +662,7 @@ def find_images(paths: list[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def images_of_any_size(allowed: bool = True) -> Iterator[None]:
-    """Lets Pillow read more than its 179 megapixels, its limit against malicious files."""
+    """Let Pillow read more than its 179 megapixels, its limit against malicious files."""
     limit = Image.MAX_IMAGE_PIXELS
     if allowed:
         Image.MAX_IMAGE_PIXELS = None
@@ -858,7 +858,7 @@ class Folder:
         return pairs, names
 
     def listed_path(self, path: str, place: str) -> str:
-        """The listed path below root, in the Unicode form that it has on the disk.
+        """Return the listed path below root, in the Unicode form that it has on the disk.
 
         Raises DataError if the file is missing or outside root; `place` names the line.
         """
@@ -876,7 +876,7 @@ class Folder:
         return len(self.pairs)
 
     def paths(self, i: int) -> tuple[str, str]:
-        """The paths of image and label."""
+        """Return the paths of image and label."""
         image, label = self.pairs[i]
         return os.path.join(self.root, image), os.path.join(self.root, label)
 
@@ -884,7 +884,7 @@ class Folder:
         return self.paths(i)[0]
 
     def size(self, i: int) -> Size:
-        """(height, width) of the image; reads only the header if possible."""
+        """Return (height, width) of the image, by its header if possible."""
         with images_of_any_size(self.large_images):
             return image_size(self.name(i))
 
@@ -930,7 +930,7 @@ class Folder:
         return classes
 
     def of_bits(self, label: np.ndarray, path: str) -> np.ndarray:
-        """The values of a label file of 1 bit a pixel.
+        """Return the values of a label file of 1 bit a pixel.
 
         Black is 0. White is 1 if the classes are 0 and 1, or 255 if they are 0 and 255. With other
         classes it may be either, as programs that compress PNG files store 0 and 255 in this way.
@@ -950,7 +950,7 @@ class Folder:
         return self.in_channels, self.table.tobytes()
 
     def stamp(self) -> str:
-        """A hash that changes with the labels: their paths, sizes and times, and their meaning."""
+        """Return a hash that changes with the labels: their paths, sizes, times and meaning."""
         digest = hashlib.sha256(self.table.tobytes() + bytes([READING_VERSION]))
         for i in range(len(self)):
             _, path = self.paths(i)
@@ -1017,7 +1017,7 @@ def voc_palette(count: int) -> list[list[int]]:
 
 
 def in_fold(pairs: np.ndarray, split: str, fold: tuple[int, int], seed: int) -> np.ndarray:
-    """Which of the samples (samples, 2) belong to a split of a fold: (samples,) bool."""
+    """Return which of the samples (samples, 2) belong to a split of a fold: (samples,) bool."""
     k, n = fold
     # A sample that is listed twice must not be in both splits, and counts once in evaluation.
     unique, first, number = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
@@ -1038,7 +1038,7 @@ def in_fold(pairs: np.ndarray, split: str, fold: tuple[int, int], seed: int) -> 
 
 
 def flatten(values: list[int | list[int]]) -> list[int]:
-    """The values of all classes, one after another."""
+    """Return the values of all classes, one after another."""
     flat = []
     for value in values:
         flat += [value] if isinstance(value, int) else value
@@ -1048,7 +1048,7 @@ def flatten(values: list[int | list[int]]) -> list[int]:
 def class_table(
     values: list[int | list[int]], ignore_index: int | list[int], reduce_zero_label: bool
 ) -> np.ndarray:
-    """The table (256,) uint8 from values in label files to classes, IGNORE or INVALID."""
+    """Return the table (256,) uint8 from values in label files to classes, IGNORE or INVALID."""
     ignored = [ignore_index] if isinstance(ignore_index, int) else ignore_index
     flat = flatten(values)
     if not all(0 <= value <= 255 for value in (*flat, *ignored)):
@@ -1614,7 +1614,7 @@ class Concat:
         return ConcatSection(**own), others
 
     def class_table(self, place: str, classes: list[str], class_map: dict) -> np.ndarray | None:
-        """The table (256,) uint8 from `classes` to those of the first data set; None if equal."""
+        """Return the table (256,) uint8 from `classes` to the first data set's; None if equal."""
         targets = [class_map.get(name, name) for name in classes]
         wrong = [name for name in class_map if name not in classes]
         wrong += [name for name in targets if name is not None and name not in self.classes]
@@ -1630,7 +1630,7 @@ class Concat:
         return None if targets == self.classes else table
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """The indices (samples,) of an epoch's samples by weight, not shuffled.
+        """Return the indices (samples,) of an epoch's samples by weight, not shuffled.
 
         Every part is an endless stream of its samples, in another order in each pass. An epoch
         takes the next ones of each stream, as many of each part as its weight says.
@@ -1657,11 +1657,11 @@ class Concat:
 
     @property
     def ends(self) -> np.ndarray:
-        """For each part the index that follows that of its last sample."""
+        """Return for each part the index that follows that of its last sample."""
         return np.cumsum([len(part) for part in self.parts])
 
     def locate(self, i: int) -> tuple[int, int]:
-        """The part that holds sample i, and the sample's index in it."""
+        """Return the part that holds sample i, and the sample's index in it."""
         ends = self.ends
         part = int(np.searchsorted(ends, i, side="right"))
         return part, i - int(ends[part]) + len(self.parts[part])
@@ -1684,7 +1684,7 @@ class Concat:
         return image, self.in_first_classes(part, label)
 
     def in_first_classes(self, part: int, label: np.ndarray) -> np.ndarray:
-        """The label of a part with the classes of the first data set."""
+        """Return the label of a part with the classes of the first data set."""
         table = self.tables[part]
         return label if table is None else translate(label, table)
 
@@ -1776,13 +1776,13 @@ class PlainDataset:
 
 
 def as_array(value) -> np.ndarray:
-    """An array that can be written to, as torch.from_numpy() wants it."""
+    """Return an array that can be written to, as torch.from_numpy() wants it."""
     array = np.asarray(value)
     return array if array.flags.writeable else array.copy()
 
 
 def source_of(dataset) -> str:
-    """The source code of a data set's class; "" if there is none, as in a notebook."""
+    """Return the source code of a data set's class; "" if there is none, as in a notebook."""
     try:
         return inspect.getsource(type(dataset))
     except (OSError, TypeError):
@@ -1839,7 +1839,7 @@ def build_dataset(kind: str, split: str, in_channels: int, keywords: dict):
 
 
 def folders_of(dataset) -> list[Folder]:
-    """The Folders that a data set without a cache consists of."""
+    """Return the Folders that a data set without a cache consists of."""
     parts = dataset.parts if isinstance(dataset, Concat) else [dataset]
     return [part for part in parts if isinstance(part, Folder)]
 
@@ -1961,7 +1961,7 @@ class CachedDataset:
 
 
 def cached(dataset, folder: str):
-    """`dataset` with the samples that it reads from files kept in `folder`."""
+    """Return `dataset`, with the samples that it reads from files kept in `folder`."""
     if isinstance(dataset, Concat):
         dataset.parts = [cached(part, folder) for part in dataset.parts]
     elif isinstance(dataset, PlainDataset) and not hasattr(dataset.dataset, "paths"):
@@ -2016,25 +2016,25 @@ def in_parts(array: np.ndarray, pixels: int = 2**22) -> Iterator[np.ndarray]:
 
 
 def label_histogram(label: np.ndarray) -> np.ndarray:
-    """The pixels (256,) of each value in a label (H, W) uint8."""
+    """Return the pixels (256,) of each value in a label (H, W) uint8."""
     # np.bincount takes eight times the memory of what it counts.
     return sum(np.bincount(rows.ravel(), minlength=256) for rows in in_parts(label))
 
 
 def load_label(dataset, i: int) -> np.ndarray:
-    """The label (H, W) uint8 of a sample, without its image if the data set can do so."""
+    """Return the label (H, W) uint8 of a sample, without its image if the data set can do so."""
     if hasattr(dataset, "load_label"):
         return dataset.load_label(i)
     return dataset.load(i)[1]
 
 
 def stamp_of(dataset) -> str | None:
-    """The hash that changes with the labels of a data set; None if it is not read from files."""
+    """Return the hash that changes with a data set's labels; None if it is not read from files."""
     return dataset.stamp() if hasattr(dataset, "stamp") else None
 
 
 def counts_file(dataset, folder: str | None) -> Path | None:
-    """Where the pixels of each class are kept: in data.cache, or in the cache of torch.hub."""
+    """Return where the pixels of each class are kept: in data.cache, or torch.hub's cache."""
     stamp = stamp_of(dataset)
     if stamp is None:
         return None
@@ -2153,7 +2153,7 @@ class RareClassSampler:
 
 
 def scaled_size(height: int, width: int, scale: tuple[int, int] | None, ratio: float = 1.0) -> Size:
-    """The largest (height, width) with the same aspect that fits into `scale` * `ratio`.
+    """Return the largest (height, width) with the same aspect that fits into `scale` * `ratio`.
 
     scale: long and short side in either order. None: the image's own size.
     """
@@ -2166,7 +2166,7 @@ def scaled_size(height: int, width: int, scale: tuple[int, int] | None, ratio: f
 
 
 def nearest_pixels(start: int, count: int, size: int, scaled: int) -> np.ndarray:
-    """The source pixels of the scaled pixels start..start+count, floor(X * size / scaled).
+    """Return the source pixels of the scaled pixels start..start+count, floor(X * size / scaled).
 
     These are the pixels that cv2.INTER_NEAREST picks.
     """
@@ -2363,7 +2363,7 @@ class TrainSamples(Dataset):
     wanted: np.ndarray | None = None  # the classes that the samples of this epoch are drawn for
 
     def dataset_index(self, sample_index: int) -> int:
-        """The index in the data set; every epoch visits each image once, in another order.
+        """Return the index in the data set; every epoch visits each image once, in another order.
 
         With data.rare_classes or the weights of Concat, an epoch has as many samples, but some
         images come more often.
@@ -2411,7 +2411,7 @@ class TrainSamples(Dataset):
         }
 
     def sample(self, sample_index: int) -> tuple[Tensor, np.ndarray, list[float]]:
-        """Image (C, h, w) and label (h, w), at most crop_size, and the result of draw_color()."""
+        """Return image (C, h, w), label (h, w), at most crop_size, and what draw_color() does."""
         rng = np.random.default_rng((self.seed, SAMPLE, sample_index))
         draw = functools.partial(self.draw_crop, sample_index, rng)
         image, crop = load_crop(self.dataset, self.dataset_index(sample_index), draw)
@@ -2472,7 +2472,7 @@ class TrainSamples(Dataset):
         return pixels, classes.numpy()
 
     def accepts(self, classes: np.ndarray, sample_index: int) -> bool:
-        """Whether a crop (h, w) shows the rare class that its image was drawn for, if any.
+        """Return whether a crop (h, w) shows the rare class that its image was drawn for, if any.
 
         And whether it satisfies cat_max_ratio: there are several classes, each on < cat_max_ratio
         of the pixels that are not ignored.
@@ -2523,7 +2523,7 @@ class ValSamples(Dataset):
 
 
 def unlabeled_batch(image: np.ndarray, scale: tuple[int, int] | None) -> Batch:
-    """A batch like that of ValSamples of one image (H, W, C), all of whose pixels are ignored."""
+    """Return a batch like those of ValSamples, of one image (H, W, C) with all pixels ignored."""
     size = scaled_size(*image.shape[:2], scale)
     ignored = torch.full((1, 1, 1), IGNORE, dtype=torch.uint8)
     return {
@@ -2549,7 +2549,7 @@ class UnlabeledSamples(Dataset):
             return error
 
     def pixels(self, index: int) -> int:
-        """The number of pixels by the file's header; 0 if that cannot be read."""
+        """Return the number of pixels by the file's header; 0 if that cannot be read."""
         path = self.paths[index]
         with contextlib.suppress(Exception):  # any damage; reading the whole file will name it
             if path.endswith(".npy"):
@@ -2619,7 +2619,7 @@ def start_worker(worker_id: int) -> None:
 
 
 def worker_failure(error: Exception) -> DataError | None:
-    """The DataError to raise instead of `error` if a worker has died; None for other errors.
+    """Return the DataError to raise instead of `error` if a worker has died; None for other errors.
 
     When a worker dies, torch raises a RuntimeError wherever the main process happens to be, or a
     connection breaks.
@@ -2643,7 +2643,7 @@ def worker_failure(error: Exception) -> DataError | None:
 
 
 def share_of_cores() -> int:
-    """The number of cores that this process can give to workers."""
+    """Return the number of cores that this process can give to workers."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(16, cores - 1))
 
@@ -2919,7 +2919,7 @@ class Data:
         scale: tuple[int, int] | None = None,
         batch_size: int = 1,
     ) -> Batches:
-        """Batches of this rank's share of the validation split; the ranks see each image once.
+        """Return this rank's batches of the validation split; the ranks see each image once.
 
         The n images of a batch have the same size:
             image: (n, C, h, w) uint8 or float32, scaled to fit into `scale` if it is given.
@@ -2957,7 +2957,7 @@ class Data:
                 yield paths[index], batch
 
     def val_samples(self, indices: list[int], scale: tuple[int, int] | None = None) -> Batches:
-        """Batches of one image each, see val_batches()."""
+        """Return batches of one image each, see val_batches()."""
         return Batches(ValSamples(self.val, scale), [[i] for i in indices], workers=0)
 
     def prepare(self, batch: Batch, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -2988,7 +2988,7 @@ class Data:
         return image.contiguous(memory_format=torch.channels_last), label
 
     def sample_files(self, sample_indices: list[int]) -> list[str]:
-        """The image files of training samples."""
+        """Return the image files of training samples."""
         return [self.train.name(self.samples.dataset_index(int(k))) for k in sample_indices]
 
     def check(self, train: bool = True, val: bool = True, count: int = 8) -> None:
@@ -3100,7 +3100,7 @@ class Data:
 
 
 def image_files(dataset) -> list[str]:
-    """The image file of each sample; none for a data set that does not name its files."""
+    """Return the image file of each sample; none for a data set that does not name its files."""
     if isinstance(dataset, Concat):
         return [path for part in dataset.parts for path in image_files(part)]
     if isinstance(dataset, CachedDataset):
@@ -3113,7 +3113,7 @@ def image_files(dataset) -> list[str]:
 
 
 def common_files(first: list[str], second: list[str], most: int = 1000) -> list[str]:
-    """Those files of `second` that are in `first` as well, links to folders followed.
+    """Return those files of `second` that are in `first` as well, links to folders followed.
 
     Links to files are followed for files of the same name, up to `most` of them.
     """
@@ -3145,7 +3145,7 @@ MIXED_HINT = (
 
 
 def looks_mixed(counts: np.ndarray, dataset) -> bool:
-    """Whether labels (samples, 256) of two classes may come from masks of two kinds."""
+    """Return whether labels (samples, 256) of two classes may come from masks of two kinds."""
     is_second = counts[:, 1] > 0
     is_ignored = counts[:, IGNORE] > 0
     both = is_second & is_ignored
@@ -3181,7 +3181,7 @@ def check_classes(dataset, counts: np.ndarray, is_trained: bool, is_alone: bool 
 
 
 def single_class_problem(dataset, seen: np.ndarray) -> str:
-    """What is wrong if the labels show no more than one class, or "".
+    """Return what is wrong if the labels show no more than one class, or "".
 
     seen: (256,) bool, which classes and ignored pixels the labels show.
     """
@@ -3253,13 +3253,13 @@ def preflight(dataset, processes: int, kept_counts: Path | None = None) -> list[
 
 
 def mean_and_std(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (C,) from the means of values and of their squares, (2, C)."""
+    """Return mean and std (C,) from the means of values and of their squares, (2, C)."""
     mean, square = moments
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
 def as_keys(mean: np.ndarray, std: np.ndarray) -> str:
-    """Mean and std (C,) as keys of the section data."""
+    """Return mean and std (C,) as keys of the section data."""
     std = np.where(std <= 1e-6 * np.abs(mean), 1, std)  # a constant channel; it must be above 0
     values = [", ".join(f"{value:.5g}" for value in row) for row in (mean, std)]
     return f'"mean": [{values[0]}], "std": [{values[1]}]'

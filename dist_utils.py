@@ -42,7 +42,7 @@ class ProcessError(UserError):
 
 
 def is_communication_error(error: Exception) -> bool:
-    """Whether a collective failed, which usually means that another process is gone."""
+    """Return whether a collective failed, usually because another process is gone."""
     # gloo raises plain RuntimeErrors that mention its name.
     return isinstance(error, (dist.DistError, ProcessError)) or "gloo" in str(error).lower()
 
@@ -59,7 +59,7 @@ def world_size() -> int:
 
 
 def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
-    """Joins the process group that torchrun or launch_slurm.py set up; returns this rank's device.
+    """Join the process group that torchrun or launch_slurm.py set up. Return this rank's device.
 
     GPUs communicate through NCCL, CPUs through gloo; DIST_BACKEND in the environment overrides
     that. A single process needs no group, and another call changes nothing.
@@ -107,7 +107,7 @@ def init(store: dist.Store | None = None, timeout: float = 600) -> torch.device:
 
 
 def _check_launcher() -> None:
-    """Raises ProcessError if srun or mpirun started several tasks that do not know each other."""
+    """Raise ProcessError if srun or mpirun started several tasks that do not know each other."""
     if "WORLD_SIZE" in os.environ:
         return
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
@@ -147,7 +147,7 @@ def _select_device() -> torch.device:
 
 
 def _check_environment(needs_address: bool) -> None:
-    """Raises ProcessError if a variable that torchrun sets is missing."""
+    """Raise ProcessError if a variable that torchrun sets is missing."""
     required = ["RANK", "LOCAL_RANK"]
     if needs_address:
         required += ["MASTER_ADDR", "MASTER_PORT"]
@@ -163,7 +163,7 @@ def _check_environment(needs_address: bool) -> None:
 def _store_for_this_start(
     store: dist.Store, rank: int, world_size: int, timeout: float
 ) -> dist.Store:
-    """The part of `store` under a prefix that no earlier start of this run has used.
+    """Return the part of `store` under a prefix that no earlier start of this run has used.
 
     torchrun 2.14 keeps its store across --max-restarts, so the store may still hold the addresses
     of dead processes. The ranks therefore agree on a new random prefix:
@@ -207,7 +207,7 @@ def _store_for_this_start(
 
 
 def is_first_to_report(message: str) -> bool:
-    """Whether no other process of this job has reported this error yet.
+    """Return whether no other process of this job has reported this error yet.
 
     An error in the config is found by every process, but need not be printed by each. Asks the
     store of torchrun, which outlives the processes; without one the answer is True.
@@ -229,7 +229,7 @@ def is_first_to_report(message: str) -> bool:
 
 
 def cleanup() -> None:
-    """Leaves the process group, if there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -243,14 +243,14 @@ def barrier() -> None:
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sums `tensor` over all processes, in place."""
+    """Sum `tensor` over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_gather(vector: Tensor) -> Tensor:
-    """Every process's `vector` (C), as rows: (world_size, C).
+    """Return every process's `vector` (C), as rows: (world_size, C).
 
     For small vectors this is twice as fast as gloo's all_reduce, and the rows can be summed in an
     order that never changes.
@@ -266,7 +266,7 @@ def all_gather(vector: Tensor) -> Tensor:
 
 
 def broadcast_object(value: object) -> object:
-    """Rank 0's `value`, small and picklable, on every process."""
+    """Return rank 0's `value`, small and picklable, on every process."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values)
@@ -312,7 +312,7 @@ class AsyncMean:
 
 
 def lost_ranks(patience: float = 5) -> list[int]:
-    """The ranks that no longer respond. Call it on every rank after a collective has failed.
+    """Return the ranks that no longer respond. Call it on every rank after a collective failed.
 
     Each rank that is still running reports to the store, waits `patience` seconds, and reads which
     others have reported.
@@ -342,14 +342,14 @@ def lost_ranks(patience: float = 5) -> list[int]:
 
 
 def _channel_layout(x: Tensor) -> tuple[list[int], list[int]]:
-    """Every dimension of `x` except the channels, and the shape that broadcasts (C) over `x`."""
+    """Return all dimensions of `x` but the channels, and the shape that broadcasts (C) over `x`."""
     dims = [d for d in range(x.dim()) if d != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
     return dims, shape
 
 
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C), biased variance (C) and number of values per channel over all processes.
+    """Return mean (C), biased variance (C) and number of values per channel of all processes.
 
     Statistics are merged as in Chan et al., "Updating Formulae and a Pairwise Algorithm for
     Computing Sample Variances" (1979), with one all_gather.
@@ -465,7 +465,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Replaces every batch norm in `model` by a SyncBatchNorm with the same parameters and buffers.
+    """Replace every batch norm in `model` by a SyncBatchNorm with its parameters and buffers.
 
     They are not copied, so an optimizer that holds them stays valid. Returns `model`, or its
     replacement if it is itself a batch norm, as nn.SyncBatchNorm.convert_sync_batchnorm does.
@@ -510,7 +510,7 @@ def _as_sync_batchnorm(norm: _BatchNorm) -> SyncBatchNorm:
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """Wraps `model` in DDP with synchronized batch norm. A single process gets `model` itself.
+    """Wrap `model` in DDP with synchronized batch norm. A single process gets `model` itself.
 
     Every process starts with the weights and statistics of rank 0.
     """
@@ -551,7 +551,7 @@ class StopSignal:
 
     @classmethod
     def set_handlers(cls, handler: Callable | signal.Handlers) -> dict:
-        """Sets the handler of all these signals. Returns the earlier ones, by signal."""
+        """Set the handler of all these signals. Return the earlier ones, by signal."""
         previous = {}
         for number in cls.SIGNALS:
             is_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

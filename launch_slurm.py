@@ -1,4 +1,4 @@
-"""Submits train.py to Slurm through submitit, one task per GPU. Only this module knows about Slurm.
+"""Submit train.py to Slurm through submitit, one task per GPU. Only this module knows about Slurm.
 
     python launch_slurm.py --nodes 2 --gpus-per-node 8 --partition dev --config C --work-dir D
 
@@ -62,9 +62,16 @@ OWN_OPTIONS = {
     "gpus_per_node": "--gpus-per-node",
     "cpus_per_task": "--cpus-per-task",
 }
-# SBATCH_* variables that begin so override what the script says, or come from an enclosing job.
+# SBATCH_* variables with these prefixes override the script, or come from an enclosing job.
 HIDDEN_VARIABLES = (
-    *("ARRAY_INX", "CPU_BIND", "ERROR", "GPUS", "JOB_NAME", "MEM_BIND", "NO_REQUEUE", "OUTPUT"),
+    "ARRAY_INX",
+    "CPU_BIND",
+    "ERROR",
+    "GPUS",
+    "JOB_NAME",
+    "MEM_BIND",
+    "NO_REQUEUE",
+    "OUTPUT",
     "SIGNAL",
 )
 FINAL_STATES = (
@@ -140,7 +147,7 @@ class Job:
             self.fail(traceback.format_exc())
 
     def run(self) -> str:
-        """Trains. Returns "done", or requeues the job and ends this task."""
+        """Train. Return "done", or requeue the job and end this task."""
         iteration = 0
         has_saved = False
         checkpoints = train.newest_checkpoints(self.work_dir)
@@ -180,7 +187,7 @@ class Job:
         return self.file(f"{self.attempt}_failure.txt")
 
     def check_progress(self, iteration: int) -> None:
-        """Records the iteration at which this start begins.
+        """Record the iteration at which this start begins.
 
         Raises UserError if the two previous starts began there too: the job would restart forever.
         """
@@ -201,7 +208,7 @@ class Job:
         train.atomic_write(file, lambda out: out.write(json.dumps(progress).encode()))
 
     def rendezvous(self) -> TCPStore:
-        """The store where the tasks meet.
+        """Return the store where the tasks meet.
 
         Rank 0 opens it on a free port and writes the address to a file that belongs to this start
         of this job. So no other process can take the port between choosing and binding it, and no
@@ -250,7 +257,7 @@ class Job:
         return TCPStore(host, port, self.task.num_tasks, is_master=False)
 
     def requeue(self, reason: str) -> None:
-        """Ends this task. Rank 0 puts the job back into the queue."""
+        """End this task. Rank 0 puts the job back into the queue."""
         StopSignal.set_handlers(signal.SIG_IGN)  # for scontrol too, which inherits this
         if self.rank == 0:
             outcome = "run the same command to resume"
@@ -261,7 +268,7 @@ class Job:
         sys.exit(0)
 
     def scontrol_requeue(self) -> str:
-        """Requeues the job unless Slurm has cancelled or requeued it; returns what was done."""
+        """Requeue the job unless Slurm has canceled or requeued it. Return what was done."""
         job_id = self.task.job_id
         state = job_info(job_id)["JobState"]
         if state != "RUNNING":
@@ -272,7 +279,7 @@ class Job:
         return f"not requeued: {answer.stderr.strip()}; run the same command to resume"
 
     def fail(self, text: str) -> None:
-        """Ends this task and thereby all others.
+        """End this task and thereby all others.
 
         The first task that fails writes down why; the others only report that they lost it.
         """
@@ -295,7 +302,7 @@ class Job:
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this file, and those that are left for train.py."""
+    """Return the flags of this file, and those that are left for train.py."""
     parser = argparse.ArgumentParser(
         "launch_slurm.py",
         description=__doc__,
@@ -344,9 +351,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 def resolve_resources(
     nodes: int | None, gpus: int | None, gpus_per_node: int | None, tasks_per_node: int | None
 ) -> tuple[int, int, int]:
-    """(nodes, GPUs per node, tasks per node) from what was requested; None stands for no request.
+    """Return (nodes, GPUs per node, tasks per node) for what was requested.
 
-    Raises UserError if the requests contradict each other.
+    None stands for no request. Raises UserError if the requests contradict each other.
     """
     for number, minimum in ((nodes, 1), (gpus, 1), (gpus_per_node, 0), (tasks_per_node, 1)):
         if number is not None and number < minimum:
@@ -377,13 +384,13 @@ def resolve_resources(
 
 
 def setup_lines(args: argparse.Namespace) -> list[str]:
-    """Shell lines that run before the tasks, which need PYTHONPATH to unpickle `Job`."""
+    """Return shell lines that run before the tasks, which need PYTHONPATH to unpickle `Job`."""
     code = shlex.quote(str(Path(__file__).resolve().parent))
     return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", *args.setup]
 
 
 def visibility_check(file: Path, nodes: int) -> list[str]:
-    """Shell lines that end the job unless all nodes see a file that was written at submission.
+    """Return shell lines that end the job unless all nodes see a file written at submission.
 
     The first node sees it: Slurm has opened the log beside it, which these lines write to. File
     servers may hide a new file for a minute.
@@ -401,7 +408,7 @@ def visibility_check(file: Path, nodes: int) -> list[str]:
 
 @contextlib.contextmanager
 def outside_of_jobs(args: argparse.Namespace) -> Iterator[None]:
-    """Hides the job that this command runs in, if any: the new job would take after it.
+    """Hide the job that this command runs in, if any: the new job would inherit its settings.
 
     Of the user's defaults in SBATCH_* variables, hides those that would override the command line.
     """
@@ -496,7 +503,7 @@ def scontrol(*argv: str) -> subprocess.CompletedProcess:
 
 
 def job_info(job_id: str) -> dict[str, str]:
-    """What Slurm knows about a job: JobState, Reason, ExitCode, ..."""
+    """Return what Slurm knows about a job: JobState, Reason, ExitCode, ..."""
     while True:
         answer = scontrol("show", "job", "--oneliner", job_id)
         if answer.returncode == 0:
@@ -508,7 +515,7 @@ def job_info(job_id: str) -> dict[str, str]:
 
 
 def exit_status(job: submitit.Job, is_local: bool) -> int | None:
-    """The exit status of a job; None while it is not over."""
+    """Return the exit status of a job; None while it is not over."""
     if is_local:
         if not job.done():
             return None
@@ -526,7 +533,7 @@ def exit_status(job: submitit.Job, is_local: bool) -> int | None:
 
 
 def follow(log: Path, job: submitit.Job, is_local: bool) -> int:
-    """Prints the log of a job as it grows. Returns the job's exit status when it has ended."""
+    """Print the log of a job as it grows. Return the job's exit status when it has ended."""
     position = 0
     status = None
     while status is None:
@@ -551,7 +558,7 @@ def follow(log: Path, job: submitit.Job, is_local: bool) -> int:
 def check_request(
     args: argparse.Namespace, train_args: argparse.Namespace, work_dir: Path, data: dict
 ) -> None:
-    """Raises UserError for what would otherwise fail after the job has waited in the queue."""
+    """Raise UserError for what would otherwise fail after the job has waited in the queue."""
     if args.local and (args.nodes > 1 or args.dry_run):
         raise UserError("--local uses this machine alone: it takes no --dry-run and one node")
     for item in args.slurm:
@@ -579,7 +586,7 @@ def check_request(
 
 
 def requested_port() -> int:
-    """MASTER_PORT, or 0 for any free port."""
+    """Return MASTER_PORT, or 0 for any free port."""
     port = os.environ.get("MASTER_PORT", "0")
     if not port.isdigit() or int(port) > 65535:
         raise UserError(
@@ -590,7 +597,7 @@ def requested_port() -> int:
 
 
 def launch(args: argparse.Namespace, train_argv: list[str]) -> int:
-    """Submits the job. Returns the exit status of this command."""
+    """Submit the job. Return the exit status of this command."""
     args.nodes, args.gpus_per_node, args.tasks_per_node = resolve_resources(
         args.nodes, args.gpus, args.gpus_per_node, args.tasks_per_node
     )

@@ -57,7 +57,7 @@ def resize(x: Tensor, like: Tensor, align_corners: bool) -> Tensor:
 
 
 def without_autocast(device):
-    """Context without autocast; does nothing on a device that has no autocast, such as meta."""
+    """Disable autocast inside; do nothing on a device that has none, such as meta."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -71,7 +71,7 @@ def upcast(x):
 
 
 def init_kaiming(module):
-    """He initialization (https://arxiv.org/abs/1502.01852) of every convolution, by its fan-out."""
+    """Initialize every convolution by its fan-out (He et al., https://arxiv.org/abs/1502.01852)."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -130,7 +130,7 @@ class SeparableConvModule(nn.Sequential):
 
 
 def conv_bn(in_channels, out_channels, kernel_size, stride, *after):
-    """Convolution and BN, named 0 and 1, and then the modules `after`."""
+    """Return convolution and BN, named 0 and 1, and then the modules `after`."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), *after)
 
@@ -202,7 +202,7 @@ class Scale(nn.Module):
 
 
 def attend(query, key, value, scale):
-    """Single-head attention between the pixels of feature maps: softmax(scale * Q Kᵀ) V.
+    """Compute attention between the pixels of feature maps, one head: softmax(scale * Q Kᵀ) V.
 
     query (N, C, ...), key (N, C, ...) and value (N, V, ...) -> (N, V, ...) with the size of query.
     """
@@ -292,7 +292,7 @@ class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
         return rows @ x @ columns.T  # (N, C, output_size, output_size)
 
     def means(self, size, like):
-        """Matrix (output_size, size) whose row i averages the pixels of cell i.
+        """Return the matrix (output_size, size) whose row i averages the pixels of cell i.
 
         Cell i extends from floor(i * size / output_size) to ceil((i + 1) * size / output_size).
         """
@@ -328,7 +328,7 @@ CHUNK = 2**25  # full-resolution logits in memory at a time: 128 MiB in float32
 
 
 def images_per_chunk(logits, label):
-    """How many images may have their full-resolution logits in memory at a time."""
+    """Return how many images may have their full-resolution logits in memory at a time."""
     return max(1, CHUNK // (logits.shape[1] * label[0].numel()))
 
 
@@ -399,7 +399,7 @@ class Loss(nn.Module):
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def loss_sum(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-        """Sum of the loss over some images.
+        """Return the sum of the loss over some images.
 
         logits: (n, C, H, W), at the resolution of the label.
         label: (n, H, W), int64.
@@ -408,13 +408,13 @@ class Loss(nn.Module):
         raise NotImplementedError
 
     def mean_over_processes(self, count):
-        """The mean of a number that depends on the pixels of a forward pass, in training."""
+        """Return the mean of a number that depends on the pixels of a forward pass, in training."""
         if not self.training or count.is_meta:
             return count
         return dist_utils.all_reduce(count) / dist_utils.world_size()
 
     def normalizer(self, label: Tensor, channels: int) -> int | Tensor:
-        """What the sum is divided by: a number, or a scalar that depends on the label's values.
+        """Return what the sum is divided by: a number, or a scalar that depends on the label.
 
         A scalar is averaged over micro-batches and processes, see `Segmentor.normalizers`.
         """
@@ -595,7 +595,7 @@ class FocalLoss(Loss):
 
 
 def lovasz_extension(errors, truth):
-    """Lovász extension of 1 - IoU; errors and truth (0 or 1) of the pixels, both (P,) -> scalar."""
+    """Return the Lovász extension of 1 - IoU; errors and truth (0 or 1) of pixels, both (P,)."""
     errors, order = errors.sort(descending=True)
     truth = truth[order].to(errors.dtype)
     jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
@@ -835,11 +835,11 @@ class Backbone(nn.Module):
         self.norm_eval = norm_eval
 
     def stage_modules(self) -> list[list[nn.Module]]:
-        """The modules of the stem, and of each stage, that `frozen_stages` freezes."""
+        """Return the modules of the stem, and of each stage, that `frozen_stages` freezes."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "Backbone":
-        """As of any module, except for what `frozen_stages` and `norm_eval` keep as it is."""
+        """Do what any module does, but leave what `frozen_stages` and `norm_eval` keep as it is."""
         super().train(mode)
         if self.frozen_stages >= 0:
             for modules in self.stage_modules()[: self.frozen_stages + 1]:
@@ -868,11 +868,11 @@ class Backbone(nn.Module):
         return state
 
     def layer_names(self) -> list[tuple[str, ...]]:
-        """What parameters' names begin with in each layer, from the stem on, for layer decay."""
+        """Return what parameters' names begin with in each layer, from the stem on."""
         raise UserError(f"{type(self).__name__} does not define the layers of layer_decay")
 
     def stage_names(self) -> list[tuple[str, ...]]:
-        """The same for each stage."""
+        """Return the same for each stage."""
         raise UserError(f'{type(self).__name__} does not define decay_type "stage_wise"')
 
     def layer_distances(self, by_stage: bool = False) -> dict[str, int]:
@@ -895,7 +895,7 @@ def conv3x3(in_channels, out_channels, stride=1, dilation=1, groups=1):
 
 
 def make_downsample(inplanes, outplanes, stride):
-    """1x1 convolution for the shortcut of a block that changes the size or number of channels."""
+    """Return the 1x1 convolution for the shortcut of a block that changes size or channels."""
     if stride == 1 and inplanes == outplanes:
         return None
     return conv_bn(inplanes, outplanes, 1, stride)
@@ -949,7 +949,7 @@ class Bottleneck(nn.Module):
 
 
 def make_layer(block, inplanes, planes, stride, dilations, **block_options):
-    """A stage: one residual block for each of `dilations`, the first of them with `stride`."""
+    """Return a stage: one residual block for each of `dilations`, the first with `stride`."""
     blocks = []
     for dilation in dilations:
         blocks.append(block(inplanes, planes, stride, dilation, **block_options))
@@ -959,7 +959,7 @@ def make_layer(block, inplanes, planes, stride, dilations, **block_options):
 
 
 def make_deep_stem(in_channels, stem_channels):
-    """Three 3x3 convolutions, the first with stride 2."""
+    """Return three 3x3 convolutions, the first with stride 2."""
     half = stem_channels // 2
     return nn.Sequential(
         *conv_bn(in_channels, half, 3, 2, nn.ReLU(inplace=True)),
@@ -1144,7 +1144,7 @@ def make_transition(old, new):
 
 
 def make_fuse_layer(channels, source, target):
-    """Layers that bring branch `source` to the resolution and the channels of branch `target`.
+    """Return layers that bring branch `source` to the resolution and channels of `target`.
 
     Upsampling to a finer branch; one convolution with stride 2 per level to a coarser branch.
     """
@@ -1302,7 +1302,7 @@ class PatchEmbed(nn.Module):
 
 
 def init_transformer(module, *layer_types):
-    """Truncated normal weights (std 0.02) and zero biases for linear layers and `layer_types`."""
+    """Give linear layers and `layer_types` truncated normal weights (std 0.02) and zero biases."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, *layer_types)):
             nn.init.trunc_normal_(m.weight, std=0.02)
@@ -1311,7 +1311,7 @@ def init_transformer(module, *layer_types):
 
 
 def drop_path_rates(rate, depths):
-    """Drop rate of each block of each stage, which grows linearly from 0 to `rate`."""
+    """Return the drop rate of each block of each stage, which grows linearly from 0 to `rate`."""
     total = sum(depths)
     rates = iter([rate * i / max(total - 1, 1) for i in range(total)])
     return [[next(rates) for _ in range(depth)] for depth in depths]
@@ -1674,7 +1674,7 @@ class ShiftWindowMSA(nn.Module):
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def shift_mask(self, x):
-        """Mask for the rolled map x: -100 between pixels from opposite borders, 0 elsewhere.
+        """Return the mask of the rolled map x: -100 between pixels from opposite borders, else 0.
 
         Returns (windows, window_size², window_size²).
         """
@@ -1866,7 +1866,7 @@ class RopePositionEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
-    """Rotates the patches, the last tokens of x (N, heads, L, C), by angles given as (h*w, C)."""
+    """Rotate the patches, the last tokens of x (N, heads, L, C), by angles given as (h*w, C)."""
     extra = x.shape[2] - sine.shape[0]
     patches = x[:, :, extra:]
     first, second = patches.chunk(2, 3)
@@ -2050,7 +2050,7 @@ class ViT(Backbone):
         self.blocks[max(out_indices) + 1 :].requires_grad_(False)  # no map depends on these
 
     def create_tokens(self, channels: int, registers: int, img_size: int, positions: bool) -> None:
-        """The learned tokens beside the patches, and the learned positions."""
+        """Create the learned tokens beside the patches, and the learned positions."""
         counts = {"cls_token": 1}
         if registers:
             counts["register_tokens" if positions else "storage_tokens"] = registers
@@ -2086,7 +2086,7 @@ class ViT(Backbone):
         return [maps[i] for i in self.out_indices]
 
     def positions(self, h: int, w: int) -> Tensor:
-        """The learned positions of h x w patches, (1, h*w, C), by bicubic interpolation."""
+        """Return the learned positions of h x w patches, (1, h*w, C), by bicubic interpolation."""
         grid = self.pos_embed[:, 1:]
         side = math.isqrt(grid.shape[1])
         if not torch.compiler.is_exporting() and h == w == side:
@@ -2099,7 +2099,7 @@ class ViT(Backbone):
             return (columns @ y).view(1, h * w, -1)
 
     def interpolation(self, size: int, side: int, grid: Tensor) -> Tensor:
-        """Matrix (size, side) of the bicubic interpolation from `side` positions to `size`."""
+        """Return the matrix (size, side) that interpolates `side` positions to `size`, bicubic."""
         like = {"dtype": grid.dtype, "device": grid.device}
         unit = torch.eye(side, **like)[None, None]
         if self.interpolate_offset and torch.compiler.is_exporting():
@@ -2129,7 +2129,7 @@ class ViT(Backbone):
 
 
 def crop_map(x: Tensor, height: int, width: int, patch_size: int) -> Tensor:
-    """The part of a padded map (N, C, h, w) that its image covers, resampled to h x w.
+    """Return the part of a padded map (N, C, h, w) that its image covers, resampled to h x w.
 
     height, width: the size of the image, whose border may lie within a pixel of the map.
     """
@@ -2544,7 +2544,7 @@ class TimmBackbone(Backbone):
             ) from None
 
     def published_key(self, key: str) -> str:
-        """What timm's whole network calls a tensor, with "_" for ".", which timm replaces too."""
+        """Return what timm's whole network calls a tensor; "_" stands for ".", as in timm."""
         return key.removeprefix("net.").removeprefix("model.").replace(".", "_")
 
     def from_published(self, state):
@@ -2912,7 +2912,7 @@ class FCNHead(DecodeHead):
             self.conv_cat = ConvModule(self.in_channels + self.channels, self.channels, kernel_size)
 
     def context(self, x):
-        """Applied after the first convolution; subclasses gather context from the image here."""
+        """Return x. Subclasses gather context from the image here, after the first convolution."""
         return x
 
     def decode(self, x):  # (N, in_channels, h, w) -> (N, channels, h, w)
@@ -3717,7 +3717,7 @@ HEADS = {
 
 # -------------------------------------------------------------------------------- The whole network
 def as_feature_maps(output: Tensor | list | tuple | dict) -> list[Tensor]:
-    """The feature maps that a backbone returns: one, or a list, tuple or dict of them."""
+    """Return the feature maps in a backbone's output: one, or a list, tuple or dict of them."""
     if isinstance(output, dict):
         output = output.values()
     maps = [output] if isinstance(output, Tensor) else list(output)
@@ -3773,7 +3773,7 @@ class Segmentor(nn.Module):
         self.train()  # a backbone may keep stages frozen
 
     def freeze(self, name: str) -> None:
-        """Stops the training of a module, whose statistics stay too, or of a single parameter."""
+        """Stop the training of a module, whose statistics stay too, or of a single parameter."""
         modules = dict(self.named_modules())
         parameters = dict(self.named_parameters())
         if name and name in modules:
@@ -3836,7 +3836,7 @@ class Segmentor(nn.Module):
         return losses
 
     def normalizers(self, labels: list[Tensor]) -> dict[str, Tensor] | None:
-        """What each head's losses are divided by in one iteration; None if no label matters.
+        """Return what each head's losses are divided by in one iteration; None if no label matters.
 
         labels: (N, H, W) of each micro-batch of this process. The mean over micro-batches and
             processes makes 4 processes with 2 images each, as well as 2 micro-batches of 4 images,
@@ -3860,7 +3860,7 @@ class Segmentor(nn.Module):
         return dict(zip([name for name, _ in heads], means.split(sizes)))
 
     def batch_dependent_parts(self) -> list[str]:
-        """The losses and samplers that compare the images of a forward pass with each other."""
+        """Return the losses and samplers that compare a forward pass's images."""
         parts = []
         for module in self.modules():
             if isinstance(module, PlainLoss):
@@ -3872,7 +3872,7 @@ class Segmentor(nn.Module):
         return sorted({type(part).__name__ for part in parts})
 
     def class_logits(self, image: Tensor) -> Tensor:
-        """One logit per class, in float32.
+        """Return one logit per class, in float32.
 
         The single logit z of a binary network becomes (0, z), whose softmax is the sigmoid of z.
         """
@@ -3889,7 +3889,7 @@ class Segmentor(nn.Module):
         stride: tuple[int, int] | None = None,
         batch_size: int = 1,
     ) -> Tensor:
-        """Logits (N, num_classes, h, w) of normalized images (N, C, H, W).
+        """Return logits (N, num_classes, h, w) of normalized images (N, C, H, W).
 
         mode: "whole" is one forward pass, whose result has the resolution of the head. "slide"
             averages the logits of overlapping windows, at the resolution of the image.
@@ -3931,7 +3931,7 @@ class Segmentor(nn.Module):
     def inference_tta(
         self, image: Tensor, size: tuple[int, int], ratios: list[float], **options
     ) -> Tensor:
-        """Log of the mean probabilities (N, num_classes, *size) over all scales and mirror images.
+        """Return the log of the mean probabilities (N, num_classes, *size) of all views.
 
         ratios: scales of the image; each is also run mirrored.
         options: keywords of `inference`.
@@ -3953,7 +3953,7 @@ class Segmentor(nn.Module):
 
 
 def window_starts(size, window, stride):
-    """Where windows start along one axis; the last one is moved back to end at the border."""
+    """Return where windows start along an axis; the last one is moved back to end at the border."""
     last = size - window
     return [min(start, last) for start in range(0, last + stride, stride)]
 
@@ -3981,7 +3981,7 @@ def compiled(network: nn.Module, **options) -> nn.Module:
 
 # -------------------------------------------------------------------------------- Config -> network
 def fits(value, annotation) -> bool:
-    """Whether a JSON value has the annotated type. An int is also a float, a bool is no number."""
+    """Return whether a JSON value has the annotated type. An int may be a float; a bool may not."""
     if annotation in (inspect.Parameter.empty, typing.Any):
         return True
     origin = typing.get_origin(annotation)
@@ -4002,7 +4002,7 @@ def fits(value, annotation) -> bool:
 
 
 def keywords(function: Callable, inherited: bool = True) -> dict[str, inspect.Parameter]:
-    """The keyword parameters of a function or class.
+    """Return the keyword parameters of a function or class.
 
     A class whose __init__ takes **kwargs also has the keywords of its parent, if `inherited`.
     """
@@ -4022,7 +4022,7 @@ def keywords(function: Callable, inherited: bool = True) -> dict[str, inspect.Pa
 
 
 def defaults(function: Callable, inherited: bool = True) -> dict:
-    """The defaults of a function's keyword parameters that a config can hold, as JSON types."""
+    """Return the defaults of a function's keyword parameters that JSON can hold, as JSON types."""
     found = {}
     for name, parameter in keywords(function, inherited).items():
         with contextlib.suppress(TypeError):  # a parameter without default, or not of a JSON type
@@ -4038,7 +4038,7 @@ def suggest(name: str, right: list[str]) -> str:
 
 
 def no_such_type(name: str, kind: str, right: list[str]) -> str:
-    """The message about a type that does not exist; kind: "backbones", "heads" and so on.
+    """Return the message about a type that does not exist; kind: "backbones", "heads" and so on.
 
     Only a misspelling and a missing "Head" or "Loss" are corrected, never the first letter or a
     number: HRNet, MobileNetV2 and DiceLoss are not suggested for UNet, MobileNetV3 and CELoss.
@@ -4156,7 +4156,7 @@ TABLES = {  # name of a section -> what its `type` names, and where it is looked
 
 
 def named_weights(init_cfg: object) -> object:
-    """The weights that MMSegmentation's `init_cfg` names, which is a section or a list of them."""
+    """Return the weights that MMSegmentation's `init_cfg` names, a section or a list of them."""
     if isinstance(init_cfg, (list, tuple)):
         return next(filter(None, map(named_weights, init_cfg)), None)
     return init_cfg.get("checkpoint") if isinstance(init_cfg, dict) else None
@@ -4210,13 +4210,13 @@ OWN = {Segmentor}.union(*(table.values() for _, table in TABLES.values()))
 
 
 def is_invalid_value(error: Exception, part_class: Callable) -> bool:
-    """Whether `error`, raised in a part of the network, is due to a value in the config."""
+    """Return whether `error`, raised in a part of the network, is due to a value in the config."""
     kinds = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
     return part_class in OWN and isinstance(error, kinds) and not needs_data(error)
 
 
 def part_class_of(error: Exception, model: Segmentor) -> type:
-    """The class of the backbone, neck, head or loss whose code a forward pass failed in.
+    """Return the class of the backbone, neck, head or loss whose code a forward pass failed in.
 
     Segmentor's, if it is none of them.
     """
@@ -4232,13 +4232,13 @@ def part_class_of(error: Exception, model: Segmentor) -> type:
 
 
 def needs_data(error: Exception) -> bool:
-    """Whether `error` is due to the meta device, whose tensors have shapes but no values."""
+    """Return whether `error` is due to the meta device, whose tensors have shapes but no values."""
     of_meta_tensors = r"\bmeta (tensor|device)|device meta|expected device|Tensor\.__format__"
     return isinstance(error, NotImplementedError) or bool(re.search(of_meta_tensors, str(error)))
 
 
 def code_line(error: Exception) -> str:
-    """Where in this code, not within torch, an error was raised: "models.py, line 12"."""
+    """Return where in this code, not within torch, an error was raised: "models.py, line 12"."""
     torch_folder = os.path.dirname(torch.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(torch_folder)]
@@ -4335,7 +4335,7 @@ def build_heads(section, place):
 
 
 def with_defaults(cfg: dict) -> dict:
-    """A `model` section with the defaults of its classes, which builds the same network.
+    """Return a `model` section with the defaults of its classes, which builds the same network.
 
     A class may pass other values to its parent than the parent's own defaults. So the defaults of
     the parents are only added if that changes nothing.
@@ -4356,7 +4356,7 @@ def build_on_meta(cfg: dict) -> Segmentor:
 
 
 def describe(network: nn.Module) -> list:
-    """What tells one network from another: the modules, their plain attributes, the shapes."""
+    """Return what tells one network from another: modules, their plain attributes, shapes."""
     found = [repr(network)]
     for name, module in network.named_modules():
         for key, value in vars(module).items():
@@ -4369,7 +4369,7 @@ def describe(network: nn.Module) -> list:
 
 
 def with_class_defaults(section: dict, inherited: bool, function: Callable = assemble) -> dict:
-    """The keyword arguments of `function` with its defaults and those of the classes they name.
+    """Return the keyword arguments of `function` with its defaults and its classes' defaults.
 
     inherited: whether to add the defaults of the parents' keywords too.
     """
@@ -4380,7 +4380,7 @@ def with_class_defaults(section: dict, inherited: bool, function: Callable = ass
 
 
 def complete_part(part: object, name: str, inherited: bool) -> object:
-    """The section `name`, or the list of several, with the defaults of the classes."""
+    """Return the section `name`, or the list of several, with the defaults of the classes."""
     if isinstance(part, (list, tuple)):
         return [complete_part(item, name, inherited) for item in part]
     if not isinstance(part, dict):
@@ -4568,7 +4568,7 @@ def load_weights(model: Segmentor, state: dict, complete: bool = False) -> str:
 
 
 def plain_state(state):
-    """The tensors of a state_dict, or of a checkpoint with one, named as in the plain network.
+    """Return the tensors of a state_dict or checkpoint, named as in the plain network.
 
     Those of a checkpoint's moving average, `ema`, come first. Without what wrappers add to the
     names: DDP and AveragedModel `module.`, Lightning `model.`, torch.compile and FSDP more.

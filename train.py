@@ -84,7 +84,7 @@ class CheckpointError(UserError):
 
 
 def require(is_valid: bool, key: str, value: object, expected: str) -> None:
-    """Raises ConfigError unless the value of a config key is valid."""
+    """Raise ConfigError unless the value of a config key is valid."""
     if not is_valid:
         raise ConfigError(f"{key} is {value!r}; expected {expected}")
 
@@ -100,7 +100,7 @@ class Evaluation:
     """The `evaluation` section.
 
     interval: iterations between validations.
-    patience: the run ends after so many validations in a row without a better mIoU.
+    patience: end the run after this many validations in a row without a better mIoU.
     mode: "whole" images, or "slide": windows whose logits are averaged where they overlap.
     crop_size, stride: (height, width) of a window, and (down, right) from one to the next, pixels.
     scale: (width, height) that images are resized to fit into; labels never are.
@@ -170,7 +170,7 @@ class Logging:
 
 @dataclass(frozen=True)
 class Config:
-    """The top level of a config. Each section is the keyword arguments of what takes it:
+    """The top level of a config, whose sections are the keyword arguments of what takes them.
 
     model: models.build_model. data: data.Data and the data set that `type` names.
     optimizer: build_optimizer. schedule: learning_rate.
@@ -223,14 +223,14 @@ GIVEN_BY_THE_RUN = {
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> dict:
-    """Reads and checks a config and its network. Returns it as plain types."""
+    """Read and check a config and its network. Return it as plain types."""
     config = read_config(path, options)
     check_network(config)
     return asdict(config)
 
 
 def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
-    """Reads a JSON config, applies `K=V` options, and checks all that needs no network or data.
+    """Read a JSON config, apply `K=V` options, and check all that needs no network or data.
 
     Raises ConfigError with the place of what is wrong.
     """
@@ -252,7 +252,7 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
 
 
 def make_config(config: dict, options: Sequence[str], name: str) -> Config:
-    """The same of a dict, which this changes. The work_dir's default is that of config `name`."""
+    """Make a Config of a dict, which this changes. The default work_dir is named after `name`."""
     config.pop("run", None)  # the record of the command and versions, as RunDir writes it
     for option in options:
         override(config, option)
@@ -270,7 +270,7 @@ def make_config(config: dict, options: Sequence[str], name: str) -> Config:
 
 
 def complete(config: dict) -> dict:
-    """The config of the same run in which all defaults are written out.
+    """Return the config of the same run with all defaults written out.
 
     Types that do not exist, as in a config of another version, keep their sections as they are.
     """
@@ -293,7 +293,7 @@ def complete(config: dict) -> dict:
 
 
 def add_defaults(section: dict, *functions: Callable | None) -> dict:
-    """The section with the defaults of the functions that take it, without the run's own keys."""
+    """Return a section with the defaults of what takes it, without the keys that the run sets."""
     known = {}
     for function in filter(None, functions):
         known |= models.defaults(function, inherited=False)
@@ -303,7 +303,7 @@ def add_defaults(section: dict, *functions: Callable | None) -> dict:
 
 
 def override(config: dict, option: str) -> None:
-    """Applies one option in place: `model.backbone.with_cp=True`, `data.scale=[512, 512]`.
+    """Apply one option in place: `model.backbone.with_cp=True`, `data.scale=[512, 512]`.
 
     A number names an item of a list: `model.decode_head.0.channels=64`.
     """
@@ -324,7 +324,7 @@ def override(config: dict, option: str) -> None:
 
 
 def list_index(node: object, name: str, option: str) -> int:
-    """The position in the list `node` that a part of an option's key names."""
+    """Return the position in the list `node` that a part of an option's key names."""
     if not isinstance(node, list):
         raise ConfigError(
             f"--options {option}: {name} cannot be set in {node!r}, which is not a section"
@@ -335,7 +335,7 @@ def list_index(node: object, name: str, option: str) -> int:
 
 
 def parse_value(text: str) -> object:
-    """An option's value: JSON, else a Python literal, else the text itself."""
+    """Return an option's value: JSON, else a Python literal, else the text itself."""
     for parse in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError):
             return parse(text)
@@ -343,7 +343,7 @@ def parse_value(text: str) -> object:
 
 
 def check_config(config: Config) -> None:
-    """Checks what the sections mean to the functions that take them. Raises ConfigError."""
+    """Check that each section fits the function that takes it. Raise ConfigError if not."""
     for section, names in GIVEN_BY_THE_RUN.items():
         for name in getattr(config, section).keys() & names:
             raise ConfigError(f"{section}.{name} is set by the run itself; leave it out")
@@ -360,7 +360,7 @@ def check_config(config: Config) -> None:
 
 
 def check_pasted(config: Config) -> None:
-    """What a model section of MMSegmentation says about data and evaluation has to agree with ours.
+    """Check that a `model` section of MMSegmentation agrees with our data and evaluation.
 
     Raises ConfigError.
     """
@@ -392,7 +392,7 @@ def check_pasted(config: Config) -> None:
 
 
 def check_data_section(section: dict) -> None:
-    """The `data` section holds the keywords of Data and of the data set that `type` names."""
+    """Check that `data` holds the keywords of Data and of the data set that `type` names."""
     check_data_set(section, Data, "data")
     if section["type"] == "concat":
         for i, part in enumerate(section["datasets"]):
@@ -406,7 +406,7 @@ def check_data_section(section: dict) -> None:
 
 
 def check_data_set(section: dict, owner: type, place: str) -> None:
-    """The section at `place` holds the keywords of `owner` and of the data set that `type` names.
+    """Check that a section holds the keywords of `owner` and of the data set that `type` names.
 
     Raises ConfigError.
     """
@@ -423,7 +423,7 @@ def check_data_set(section: dict, owner: type, place: str) -> None:
 
 
 def check_network(config: Config, batch_size: int = 2) -> list[str]:
-    """Builds the network and the optimizer without memory, and runs the forward pass on shapes.
+    """Build the network and the optimizer without memory, and run the forward pass on shapes.
 
     Returns notes for the log on what could not be checked. Raises ConfigError if the parts of the
     network do not fit together. An exception in a user's module shows at the first iteration.
@@ -447,7 +447,7 @@ def check_network(config: Config, batch_size: int = 2) -> list[str]:
 
 
 def dry_run(model: Segmentor, config: Config, batch_size: int) -> list[str]:
-    """Runs one training step's forward pass on the meta device. Returns notes for the log."""
+    """Run one training step's forward pass on the meta device. Return notes for the log."""
     running = []  # (name, module, inputs) of the modules whose forward pass has not ended
 
     def enter(name: str, module: nn.Module, inputs: tuple) -> None:
@@ -499,7 +499,7 @@ def first_line(error: Exception) -> str:
 
 
 def shapes(value: object) -> object:
-    """The shapes of the tensors in nested lists and dicts; other values by their type."""
+    """Return the shapes of the tensors in nested lists and dicts; other values by their type."""
     if isinstance(value, Tensor):
         return list(value.shape)
     if isinstance(value, (list, tuple)):
@@ -510,7 +510,7 @@ def shapes(value: object) -> object:
 
 
 def differences(old: object, new: object, key: str = "") -> list[str]:
-    """What changed from one config to another: `schedule.max_iters 400 -> 800`."""
+    """Return what changed from one config to another: `schedule.max_iters 400 -> 800`."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in old | new:
@@ -527,7 +527,7 @@ def differences(old: object, new: object, key: str = "") -> list[str]:
 def build_optimizer(
     model: nn.Module, type: str, lr: float, paramwise: dict | None = None, **options
 ) -> torch.optim.Optimizer:
-    """Any optimizer of torch.optim by its name, with its keywords.
+    """Build any optimizer of torch.optim by its name, with its keywords.
 
     paramwise: {part of a parameter's name: {"lr_mult": x, "decay_mult": y}}. The longest part that
         occurs in a name counts. Where none does, `norm_decay_mult` applies to the parameters of
@@ -583,7 +583,7 @@ def optimizer_class_named(name: str) -> type[torch.optim.Optimizer]:
 def group_by_multipliers(
     model: nn.Module, paramwise: dict
 ) -> dict[tuple[float, float], list[nn.Parameter]]:
-    """The trainable parameters by their (lr_mult, decay_mult)."""
+    """Return the trainable parameters by their (lr_mult, decay_mult)."""
     rules, general, layer_decay = parse_paramwise(paramwise)
     of_layers = layer_multipliers(model, **layer_decay)
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -611,7 +611,7 @@ def group_by_multipliers(
 def layer_multipliers(
     model: nn.Module, layer_decay: float = 1.0, decay_type: str = "layer_wise"
 ) -> dict[str, float]:
-    """Multipliers of the backbone's learning rates: layer_decay^D (BEiT, arXiv:2106.08254).
+    """Return factors of the backbone's learning rates: layer_decay^D (BEiT, arXiv:2106.08254).
 
     D is the number of layers from the parameter up to the heads: 1 in the last block, and in the
     stem the number of blocks + 1. decay_type "stage_wise" gives all blocks of a stage the same D,
@@ -636,7 +636,7 @@ def layer_multipliers(
 
 
 def parse_paramwise(paramwise: dict) -> tuple[dict[str, dict], dict[str, float], dict]:
-    """The rules by part of a name, the multipliers for norms and biases, and those of layers.
+    """Return the rules by part of a name, the factors for norms and biases, and those of layers.
 
     Raises ConfigError.
     """
@@ -677,7 +677,7 @@ def learning_rate(
     warmup_iters: int = 0,
     warmup_ratio: float = 1e-6,
 ) -> float:
-    """The learning rate of an iteration, counted from 0. It falls from base_lr to min_lr.
+    """Return the learning rate of an iteration, counted from 0. It falls from base_lr to min_lr.
 
     With t = iteration / max_iters, `policy` is one of:
     - "poly": (base_lr - min_lr) (1 - t)^power + min_lr (PSPNet, arXiv:1612.01105).
@@ -710,7 +710,7 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, iteration: int, config: Config) -> float:
-    """Sets the learning rate of every parameter group. Returns that of multiplier 1.
+    """Set the learning rate of every parameter group. Return that of multiplier 1.
 
     A multiplier scales the result of the schedule, its floor included: `lr_mult: 0` means no
     learning. In MMSegmentation `min_lr` is the floor of every group, whatever its multiplier.
@@ -725,7 +725,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, iteration: int, config: 
 
 
 def atomic_write(path: Path, write: Callable) -> None:
-    """Writes a file whole or not at all.
+    """Write a file whole or not at all.
 
     `write(file)` fills a temporary file in the same folder, which is flushed to disk and renamed.
     """
@@ -742,7 +742,7 @@ def atomic_write(path: Path, write: Callable) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Gives a file a second name atomically. File systems without hard links get a copy."""
+    """Give a file a second name atomically. File systems without hard links get a copy."""
     temporary = name.with_name(f".{name.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -753,7 +753,7 @@ def link(path: Path, name: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint onto the CPU without running code that it may hold.
+    """Read a checkpoint onto the CPU without running code that it may hold.
 
     Raises CheckpointError.
     """
@@ -773,7 +773,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def newest_checkpoints(work_dir: Path) -> list[Path]:
-    """The files iter_N.pth of a work_dir, newest first."""
+    """Return the files iter_N.pth of a work_dir, newest first."""
     paths = work_dir.glob("iter_*.pth")
     checkpoints = [path for path in paths if re.fullmatch(r"iter_\d+\.pth", path.name)]
     return sorted(checkpoints, key=iteration_of, reverse=True)
@@ -784,7 +784,7 @@ def iteration_of(path: Path) -> int:
 
 
 def find_checkpoint(work_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
-    """The newest good checkpoint of a work_dir, its content, and what is wrong with newer ones.
+    """Return a work_dir's newest good checkpoint, its content, and what is wrong with newer ones.
 
     (None, None, []) if the work_dir has no checkpoint. Raises CheckpointError if none is good.
     """
@@ -806,7 +806,7 @@ def find_checkpoint(work_dir: Path) -> tuple[Path | None, dict | None, list[str]
 
 
 def not_finite(state: object, key: str = "") -> list[str]:
-    """The keys of tensors in nested dicts that hold infinities or NaN."""
+    """Return the keys of tensors in nested dicts that hold infinities or NaN."""
     if isinstance(state, dict):
         keys = []
         for name, value in state.items():
@@ -872,7 +872,7 @@ class TrainState:
         return state
 
     def load_state_dict(self, checkpoint: dict) -> None:
-        """Raises RuntimeError or ValueError for a checkpoint of another network or optimizer."""
+        """Restore a state_dict. Raise RuntimeError or ValueError if network or optimizer differ."""
         config_groups = [dict(group) for group in self.optimizer.param_groups]
         self.model.load_state_dict(checkpoint["state_dict"])
         if self.ema is not None:
@@ -894,7 +894,7 @@ class TrainState:
 def initialize(
     state: TrainState, args: argparse.Namespace, config: Config, classes: list[str]
 ) -> list[str]:
-    """Sets the state that the run starts from. Returns notes for the log.
+    """Set the state that the run starts from. Return notes for the log.
 
     In order of precedence:
     1. --resume-from: the whole state of a checkpoint; "auto" is the work_dir's newest good one.
@@ -945,9 +945,9 @@ def initialize(
 
 
 def compare_classes(checkpoint: dict, classes: list[str]) -> str:
-    """How the classes of a checkpoint, ours or MMSegmentation's, differ from the data set's.
+    """Say how the classes of a checkpoint, ours or MMSegmentation's, differ from the data set's.
 
-    Empty if they do not, but for the case and the spaces in their names, or if it names none.
+    Returns "" if their names differ at most in case and spaces, or if the checkpoint has none.
     """
     trained = data_set_meta(checkpoint).get("classes") or classes
     for number, (theirs, ours) in enumerate(itertools.zip_longest(trained, classes)):
@@ -961,7 +961,7 @@ def compare_classes(checkpoint: dict, classes: list[str]) -> str:
 
 
 def data_set_meta(checkpoint: dict) -> dict:
-    """The part of a checkpoint, ours or MMSegmentation's, with `classes` and `palette`."""
+    """Return the part of a checkpoint, ours or MMSegmentation's, with `classes` and `palette`."""
     found = checkpoint
     for key in ("meta", "dataset_meta"):
         if isinstance(found.get(key), dict):
@@ -970,7 +970,7 @@ def data_set_meta(checkpoint: dict) -> dict:
 
 
 def resume(state: TrainState, path: str | Path, checkpoint: dict, config: Config) -> list[str]:
-    """Restores a checkpoint that train.py wrote. Raises CheckpointError if it does not fit."""
+    """Restore a checkpoint that train.py wrote. Raise CheckpointError if it does not fit."""
     if not checkpoint.keys() >= {"state_dict", "optimizer", "iteration", "scaler"}:
         raise CheckpointError(
             f"{path} is no checkpoint of train.py: it cannot be resumed. "
@@ -1023,7 +1023,7 @@ class RunDir:
         self.save_error = None  # why the last checkpoint could not be written
 
     def open(self, config: Config, state: TrainState, eval_only: bool) -> None:
-        """Opens the logs. Training first takes the folder over; an evaluation only adds to logs."""
+        """Open the logs. Training first takes the folder over; an evaluation only adds to logs."""
         if dist_utils.rank() > 0:
             return
         try:
@@ -1045,7 +1045,7 @@ class RunDir:
             self.board.add_text("config", textwrap.indent(text, "    "), state.iteration)
 
     def take_over(self, config: Config, state: TrainState) -> None:
-        """Brings the folder back to what it was at the state's iteration."""
+        """Bring the folder back to what it was at the state's iteration."""
         self.lock()
         checkpoints = sorted(self.path.glob("*.pth"))
         if checkpoints and not state.resumed_from:
@@ -1054,7 +1054,7 @@ class RunDir:
                 "by --resume-from auto, or name another --work-dir; nothing was overwritten."
             )
         for path in newest_checkpoints(self.path):
-            # Damaged, or of a course that is abandoned by resuming from an earlier checkpoint.
+            # Damaged, or abandoned by resuming from an earlier checkpoint.
             if iteration_of(path) > state.iteration:
                 os.replace(path, f"{path}.old")
         self.restore_best(state)
@@ -1068,10 +1068,10 @@ class RunDir:
                 os.truncate(log, max(0, int(size)))
 
     def restore_best(self, state: TrainState) -> None:
-        """Makes best.pth the checkpoint that `state.best` is about, or removes it if that is gone.
+        """Make best.pth the checkpoint that `state.best` is about, or remove it if that is gone.
 
-        It may be of a course that is abandoned by resuming from an earlier checkpoint, or older
-        than the checkpoint if the run was killed between writing the two.
+        The file may come from iterations that are abandoned by resuming from an earlier checkpoint,
+        or be older than the checkpoint if the run was killed between writing the two.
         """
         path = self.path / "best.pth"
         if path.exists():
@@ -1089,7 +1089,7 @@ class RunDir:
                 )
 
     def lock(self, patience: float = 150) -> None:
-        """Waits up to `patience` seconds for another run in this folder to end.
+        """Wait up to `patience` seconds for another run in this folder to end.
 
         Two runs at once would overwrite each other's checkpoints. A file server may hold the lock
         of a lost machine for a while.
@@ -1116,7 +1116,7 @@ class RunDir:
                 return
 
     def log(self, *texts: str) -> None:
-        """Prints lines and adds them to train.log."""
+        """Print lines and add them to train.log."""
         if not self.logs:
             return
         for text in texts:
@@ -1124,7 +1124,7 @@ class RunDir:
             self.append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, mode: str, iteration: int, values: dict) -> None:
-        """Adds a line to metrics.jsonl, and the scalars among `values` to TensorBoard."""
+        """Add a line to metrics.jsonl, and the scalars among `values` to TensorBoard."""
         if not self.logs:
             return
         record = {"mode": mode, "iteration": iteration} | values
@@ -1135,7 +1135,7 @@ class RunDir:
                     self.board.add_scalar(f"{mode}/{name}", value, iteration)
 
     def draw(self, iteration: int, metrics: dict, classes: Sequence[str], preview: Path) -> None:
-        """Draws a validation for TensorBoard and, where matplotlib is installed, as pictures.
+        """Draw a validation for TensorBoard and, where matplotlib is installed, as pictures.
 
         A failure costs a picture, not the run.
         """
@@ -1168,7 +1168,7 @@ class RunDir:
             tqdm.write(f"{name}: {error}")
 
     def save(self, content: dict, names: list[str]) -> None:
-        """Writes a checkpoint under the first name and links the other names to it.
+        """Write a checkpoint under the first name and link the other names to it.
 
         Then removes all but the last `keep` iter_N.pth. If writing fails, the earlier checkpoints
         stand, `save_error` says why, and the run continues to the next one.
@@ -1197,7 +1197,7 @@ class RunDir:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, without confusion matrices, which are long."""
+    """Return the lines of a metrics.jsonl, without confusion matrices, which are long."""
     records = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):  # a line that a full disk cut off
@@ -1206,7 +1206,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def curves_figure(records: list[dict]):
-    """A matplotlib figure of the losses, the learning rate and the mIoU. Raises ImportError."""
+    """Plot the losses, the learning rate and the mIoU. Raise ImportError without matplotlib."""
     from matplotlib.figure import Figure  # without pyplot, which keeps state and may need a display
 
     train = [record for record in records if record["mode"] == "train"]
@@ -1235,7 +1235,7 @@ def curves_figure(records: list[dict]):
 
 
 def confusion_figure(confusion: list[list[int]], classes: Sequence[str]):
-    """A matplotlib figure of a confusion matrix in percent of the true class's pixels."""
+    """Plot a confusion matrix in percent of the true class's pixels."""
     from matplotlib.figure import Figure
 
     counts = np.asarray(confusion, float)
@@ -1261,7 +1261,7 @@ def confusion_figure(confusion: list[list[int]], classes: Sequence[str]):
 
 
 def describe_run() -> dict:
-    """What it takes to repeat a run: the command, the code's commit and changes, versions, host."""
+    """Return what it takes to repeat a run: command, commit and changes of the code, versions."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", *arguments]
@@ -1307,7 +1307,7 @@ def classify(
     chunk: int = 32,
     max_pixels: int = 2**24,
 ) -> tuple[Tensor, Tensor]:
-    """Predicted classes at the label's size, and the sum of cross entropy over valid pixels.
+    """Return predicted classes at the label's size, and the sum of cross entropy over valid pixels.
 
     logits (N, classes, h, w), label (N, H, W) -> classes (N, H, W), loss ().
     Logits are upsampled `chunk` classes and about `max_pixels` pixels at a time, so that memory
@@ -1344,7 +1344,7 @@ def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tens
 def upsample_rows(
     logits: Tensor, size: tuple[int, int], rows: slice, align_corners: bool
 ) -> Tensor:
-    """Some rows of upsample(logits, size, align_corners)."""
+    """Return some rows of upsample(logits, size, align_corners)."""
     height = logits.size(2)
     y = torch.arange(rows.start, rows.stop, device=logits.device)
     if align_corners:
@@ -1361,7 +1361,7 @@ def upsample_rows(
 def classify_upsampled(
     logits: Tensor, label: Tensor, upsampled: Callable, threshold: float, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """`classify` for the pixels of `label`, at which `upsampled(logits)` are the logits."""
+    """Classify the pixels of `label`, at which `upsampled(logits)` are the logits."""
     label_logit = torch.zeros(label.shape, device=logits.device)  # the logit of the true class
     for first in range(0, logits.size(1), chunk):
         part = upsampled(logits[:, first : first + chunk])  # (N, up to chunk, H, W)
@@ -1386,7 +1386,7 @@ def classify_upsampled(
 
 
 def mean_iou(confusion: Tensor) -> Tensor:
-    """The mean IoU (N) of confusion matrices (N, classes^2); 1 where every pixel is ignored."""
+    """Return the mean IoU (N) of confusion matrices (N, classes^2); 1 if all pixels are ignored."""
     classes = math.isqrt(confusion.size(1))
     matrix = confusion.view(-1, classes, classes).double()
     correct = matrix.diagonal(dim1=1, dim2=2)  # (N, classes)
@@ -1395,7 +1395,7 @@ def mean_iou(confusion: Tensor) -> Tensor:
 
 
 def compute_metrics(confusion: Tensor) -> dict:
-    """MMSegmentation's metrics of a confusion matrix (true classes, predicted classes).
+    """Compute MMSegmentation's metrics of a confusion matrix (true classes, predicted classes).
 
     IoU, Acc (recall), Precision and Dice (F1 score) are lists over classes, with None for a class
     that does not occur. The means leave those classes out.
@@ -1421,7 +1421,7 @@ def compute_metrics(confusion: Tensor) -> dict:
 
 
 def table(metrics: dict, classes: Sequence[str]) -> str:
-    """A line for each class: IoU, Acc and Dice in percent."""
+    """Return a line for each class: IoU, Acc and Dice in percent."""
 
     def percent(value: float | None) -> str:
         return "     -" if value is None else f"{100 * value:6.2f}"
@@ -1439,7 +1439,7 @@ def table(metrics: dict, classes: Sequence[str]) -> str:
 
 
 def palette_image(classes: Tensor, palette: Sequence) -> Image.Image:
-    """A map of classes (H, W) as an image with a palette. Ignored pixels are black."""
+    """Return a map of classes (H, W) as an image with a palette. Ignored pixels are black."""
     colors = np.zeros((256, 3), np.uint8)
     colors[: len(palette)] = palette
     # This index is never used. Without any color, data.read() would take the grays for the values.
@@ -1450,7 +1450,7 @@ def palette_image(classes: Tensor, palette: Sequence) -> Image.Image:
 
 
 def as_rgb(image: Tensor) -> Image.Image:
-    """An image (C, h, w) for looking at: three channels of 8 bits."""
+    """Return an image (C, h, w) for looking at: three channels of 8 bits."""
     image = image[:3] if image.size(0) >= 3 else image[:1].expand(3, -1, -1)
     if image.dtype != torch.uint8:
         image = 255 * (image - image.min()) / (image.max() - image.min()).clamp_min(1e-6)
@@ -1458,8 +1458,9 @@ def as_rgb(image: Tensor) -> Image.Image:
 
 
 def paint(image: Image.Image, label: Image.Image, palette: Sequence) -> Image.Image:
-    """The image under the colors of its classes. Ignored pixels are striped: a class may be black.
+    """Blend an image with the colors of its classes.
 
+    Ignored pixels are striped, as the color of a class may be black.
     label: of any size, in mode L or P.
     """
     colors = np.zeros((256, 3))
@@ -1473,7 +1474,7 @@ def paint(image: Image.Image, label: Image.Image, palette: Sequence) -> Image.Im
 
 
 def with_legend(picture: Image.Image, names: Sequence[str], colors: Sequence) -> Image.Image:
-    """The picture with a legend below it."""
+    """Return the picture with a legend below it."""
     line = 16  # pixels
     draw = ImageDraw.Draw(picture)
     width = 24 + max(math.ceil(draw.textlength(name)) for name in names)
@@ -1491,7 +1492,7 @@ def with_legend(picture: Image.Image, names: Sequence[str], colors: Sequence) ->
 
 
 def preview_row(title: str, image: Tensor, maps: dict[str, Tensor], palette: Sequence):
-    """The image (C, h, w) and maps of classes (H, W) blended with it, each below its caption."""
+    """Draw the image (C, h, w) beside maps of classes (H, W) blended with it, with captions."""
     height, width = next(iter(maps.values())).shape
     factor = min(480 / max(height, width), max(1, 240 / max(height, width)))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -1515,7 +1516,7 @@ def preview_row(title: str, image: Tensor, maps: dict[str, Tensor], palette: Seq
 def write_preview(
     path: Path, rows: list[Image.Image], classes: Sequence[str], palette: Sequence
 ) -> None:
-    """Writes the rows and a legend as a PNG."""
+    """Write the rows and a legend as a PNG."""
     width = max(row.width for row in rows)
     sheet = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
     y = 0
@@ -1530,8 +1531,8 @@ def write_preview(
         tqdm.write(f"{path}: {error}")
 
 
-def write_predictions(show_dir: Path, batch: dict, prediction: Tensor, data: Data) -> None:
-    """Writes each prediction (N, H, W) as a palette PNG. Every process writes its own images."""
+def write_val_predictions(show_dir: Path, batch: dict, prediction: Tensor, data: Data) -> None:
+    """Write each prediction (N, H, W) as a palette PNG. Every process writes its own images."""
     for index, classes in zip(batch["index"].tolist(), prediction):
         path = show_dir / f"{index:06d}_{Path(data.val.name(index)).stem}.png"
         try:
@@ -1542,7 +1543,7 @@ def write_predictions(show_dir: Path, batch: dict, prediction: Tensor, data: Dat
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout and batch norm as in evaluation, and no autotuning for every size of image."""
+    """Run dropout and batch norm as in evaluation, and do not autotune for every image size."""
     was_training = model.training
     was_tuning = torch.backends.cudnn.benchmark
     model.eval()
@@ -1555,14 +1556,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def is_quiet() -> bool:
-    """Whether to show no progress bars: on other ranks than 0, and without a terminal."""
+    """Return whether to hide progress bars: on other ranks than 0, and without a terminal."""
     return dist_utils.rank() > 0 or not sys.stderr.isatty()
 
 
 def predict_logits(
     model: Segmentor, image: Tensor, size: tuple[int, int], settings: Evaluation, augment: bool
 ) -> Tensor:
-    """Logits as `settings` says; with `augment`, over several scales and mirror images."""
+    """Return logits as `settings` says; with `augment`, over several scales and mirror images."""
     options = {
         "mode": settings.mode,
         "crop_size": settings.crop_size,
@@ -1575,7 +1576,7 @@ def predict_logits(
 
 
 def count_pixels(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
-    """Confusion matrices (N, classes^2) of labels and predictions (N, H, W)."""
+    """Return confusion matrices (N, classes^2) of labels and predictions (N, H, W)."""
     ignored = num_classes * num_classes
     cell = label.long() * num_classes + prediction
     cell = torch.where(label == IGNORE, ignored, cell).flatten(1)
@@ -1587,7 +1588,9 @@ def count_pixels(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
 def not_finite_output(
     scored: list[tuple[Tensor, Tensor, Tensor]], data: Data, device: torch.device
 ) -> UserError:
-    """Names the images of all processes for which the network's output is not finite.
+    """Return an error that names the images for which the network's output is not finite.
+
+    Call it on every process.
 
     scored: see `evaluate`.
     """
@@ -1606,7 +1609,7 @@ def not_finite_output(
 def gather_iou(
     scored: list[tuple[Tensor, Tensor, Tensor]], count: int, device: torch.device
 ) -> list[float]:
-    """The mean IoU of each of the split's `count` images, on every process; see `evaluate`."""
+    """Return the mean IoU of each of the `count` images on every process; see `evaluate`."""
     image_iou = torch.zeros(count, dtype=torch.float64, device=device)
     for index, _, iou in scored:
         image_iou[index.to(device)] = iou
@@ -1617,7 +1620,7 @@ def gather_iou(
 def explain_small_images(
     model: Segmentor, data: Data, batch: dict, name_of: Callable
 ) -> Iterator[None]:
-    """Raises UserError instead of an error of the network if it takes larger images than these.
+    """Raise UserError for an error of the network that larger images would not cause.
 
     name_of: (index) -> the name of an image of the batch.
     """
@@ -1648,7 +1651,7 @@ def predict_batch(
     settings: Evaluation,
     augment: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What `classify` returns for a batch of the validation split, or for an unlabeled one."""
+    """Predict a batch of the validation split, or an unlabeled one. Return what `classify` does."""
     if batch["image"][0, 0].numel() > settings.max_pixels:
         return predict_in_tiles(model, data, batch, device, settings, augment)
     image, label = data.prepare(batch, device)
@@ -1676,7 +1679,7 @@ class Tile:
 
 
 def tiles_along(source: int, output: int, side: int, device: torch.device) -> list[Tile]:
-    """Tiles of at most `side` source pixels, a multiple of 64, along an axis.
+    """Return tiles of at most `side` source pixels, a multiple of 64, along an axis.
 
     They begin at multiples of 32, a network's usual total stride, and at most two overlap.
     """
@@ -1703,7 +1706,7 @@ def tiles_along(source: int, output: int, side: int, device: torch.device) -> li
 
 
 def ramp(count: int, device: torch.device) -> Tensor:
-    """Weights from 0 to 1 that add up to 1 with their mirror image.
+    """Return weights from 0 to 1 that add up to 1 with their mirror image.
 
     The quarter next to a tile's border, which lacks context, has no weight.
     """
@@ -1714,10 +1717,10 @@ def ramp(count: int, device: torch.device) -> Tensor:
 def blend(
     rows: list[Tile], columns: list[Tile], logits_of: Callable
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields rows, columns and blended logits of parts that make up the whole output.
+    """Yield rows, columns and blended logits of parts that make up the whole output.
 
-    logits_of: (row, column) -> the logits (N, classes, h, w) of a tile. Of these, only what further
-        tiles add to is kept.
+    logits_of: (row, column) -> the logits (N, classes, h, w) of a tile. Only the parts that
+        later tiles overlap are kept in memory.
     """
     below = []  # for each column, what the row above adds to this row
     for row in rows:
@@ -1750,7 +1753,7 @@ def predict_in_tiles(
     settings: Evaluation,
     augment: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `predict_batch`, in overlapping tiles, whose logits are blended where they overlap."""
+    """Predict as `predict_batch` does, in overlapping tiles, whose logits are blended."""
     image = batch["image"]  # (N, C, h, w), on the host
     label = batch["label"]  # (N, H, W)
     dtype = next(model.parameters()).dtype
@@ -1786,7 +1789,7 @@ def draw_preview(
     device: torch.device,
     settings: Evaluation,
 ) -> None:
-    """Draws two images that are always the same, to see progress, and the two with the lowest IoU.
+    """Draw two images that are always the same, to see progress, and the two with the lowest IoU.
 
     One process predicts them again. So no pictures are sent between processes, and the preview does
     not depend on their number.
@@ -1821,11 +1824,11 @@ def evaluate(
     show_dir: Path | None = None,
     interrupted: Callable = lambda: False,
 ) -> dict | None:
-    """Scores the model on the validation split at the labels' own size.
+    """Score the model on the validation split at the labels' own size.
 
     Validation while training and --eval-only both run this. Each image counts once whatever the
-    number of processes. Returns `compute_metrics` with `loss`, the mean cross entropy over valid
-    pixels, and `confusion`; None if `interrupted()` is true on any process.
+    number of processes. Returns what `compute_metrics` does, with `loss`, the mean cross entropy
+    over valid pixels, and `confusion`; None if `interrupted()` is true on any process.
 
     augment: average over several scales and mirror images.
     preview: where to write a PNG of two fixed images and the two with the lowest IoU.
@@ -1854,7 +1857,7 @@ def evaluate(
             # A copy, as the batch lies in memory that it shares with a worker.
             scored.append((batch["index"].clone(), loss_sum, mean_iou(counts)))
             if show_dir:
-                write_predictions(show_dir, batch, prediction, data)
+                write_val_predictions(show_dir, batch, prediction, data)
         if dist_utils.all_reduce(is_interrupted):
             return None
         dist_utils.all_reduce(confusion)
@@ -1903,7 +1906,7 @@ class Predictor:
             )
 
     def __call__(self, image: Image.Image | np.ndarray | str | Path) -> np.ndarray:
-        """Predicts one image: (H, W) uint8, the classes at the image's own size.
+        """Predict one image: (H, W) uint8, the classes at the image's own size.
 
         image: a file, which is read as training reads it; a PIL image; or an array (H, W, C) or
             (H, W), RGB and in the units of the training files.
@@ -1923,7 +1926,7 @@ class Predictor:
 
     @torch.inference_mode()
     def predict_batch(self, batch: dict, name: str = "the image") -> np.ndarray:
-        """The classes of a batch of one image: (H, W) uint8. Error messages call it `name`."""
+        """Predict a batch of one image: (H, W) uint8. Error messages call the image `name`."""
         while True:
             try:
                 with (
@@ -1948,7 +1951,7 @@ class Predictor:
 
 
 def load_predictor(checkpoint: str | Path, device: str | torch.device | None = None) -> Predictor:
-    """The network of a checkpoint, to be called with images; see `Predictor`.
+    """Return the network of a checkpoint, to be called with images; see `Predictor`.
 
     Sets torch's global switches for the config's precision, as a run does.
 
@@ -1962,7 +1965,7 @@ def load_predictor(checkpoint: str | Path, device: str | torch.device | None = N
 
 
 def config_of(checkpoint: dict, path: str | Path, options: Sequence[str] = ()) -> Config:
-    """The config in a checkpoint, whose folder is the work_dir, with options applied."""
+    """Return the config in a checkpoint, whose folder is the work_dir, with options applied."""
     if not isinstance(checkpoint.get("config"), dict):
         raise CheckpointError(
             f"{path} holds no config, as it was not written by train.py: name one by --config"
@@ -1973,7 +1976,7 @@ def config_of(checkpoint: dict, path: str | Path, options: Sequence[str] = ()) -
 
 
 def classes_of(checkpoint: dict, data: Data) -> tuple[list[str], list[list[int]]]:
-    """Names and colors of the classes: of the checkpoint, or else of the config's data set."""
+    """Return the classes' names and colors, of the checkpoint or else of the config's data set."""
     found = data_set_meta(checkpoint)
     if found.get("classes") and found.get("palette"):
         return list(found["classes"]), [list(color) for color in found["palette"]]
@@ -1981,7 +1984,7 @@ def classes_of(checkpoint: dict, data: Data) -> tuple[list[str], list[list[int]]
 
 
 def predict_files(predict: Predictor, paths: list[str], show_dir: Path) -> None:
-    """Predicts image files and those in folders, and writes labels and overlays below show_dir.
+    """Predict image files and those in folders, and write labels and overlays below show_dir.
 
     Each process takes its share of the files. Raises UserError at the end if some of them could
     not be read or written.
@@ -2026,7 +2029,7 @@ def predict_files(predict: Predictor, paths: list[str], show_dir: Path) -> None:
 def predict_file(
     predict: Predictor, path: str, batch: dict | DataError, show_dir: Path, name: str
 ) -> int:
-    """Predicts an image file that was read, and writes the result. Returns its number of pixels.
+    """Predict an image file that was read, and write the result. Return its number of pixels.
 
     Raises UserError if the file could not be read, predicted or written.
     """
@@ -2041,14 +2044,14 @@ def predict_file(
 
 
 def output_paths(show_dir: Path, name: str) -> tuple[Path, Path]:
-    """Where the label and the overlay of an image are written."""
+    """Return where the label and the overlay of an image are written."""
     return show_dir / "labels" / f"{name}.png", show_dir / "overlays" / f"{name}.jpg"
 
 
 def write_prediction(
     show_dir: Path, name: str, image: Tensor, classes: np.ndarray, predict: Predictor
 ) -> None:
-    """Writes the classes (H, W) as a PNG with a palette, and over the image (C, h, w) as a JPEG."""
+    """Write the classes (H, W) as a PNG with a palette, and over the image (C, h, w) as a JPEG."""
     label_path, overlay_path = output_paths(show_dir, name)
     label = palette_image(torch.from_numpy(classes), predict.palette)
     sheet = overlay(image, label, predict.classes, predict.palette)
@@ -2061,7 +2064,7 @@ def write_prediction(
 def overlay(
     image: Tensor, label: Image.Image, classes: Sequence[str], palette: Sequence
 ) -> Image.Image:
-    """The image (C, h, w) under the colors of its label, at most 2048 pixels wide and high.
+    """Draw the image (C, h, w) under the colors of its label, at most 2048 pixels wide and high.
 
     A legend names the classes that occur, with their share of the pixels.
     """
@@ -2098,7 +2101,7 @@ class ExportedNetwork(nn.Module):
 
 
 def export(predict: Predictor, path: Path) -> list[str]:
-    """Writes the network as ONNX (.onnx) or by torch.export (.pt2), and checks the file.
+    """Write the network as ONNX (.onnx) or by torch.export (.pt2), and check the file.
 
     predict: on the CPU. Returns lines for the user.
     """
@@ -2125,7 +2128,7 @@ def export(predict: Predictor, path: Path) -> list[str]:
 def trace(
     network: ExportedNetwork, channels: int, dtype: torch.dtype
 ) -> tuple[torch.export.ExportedProgram, str]:
-    """The traced network and the batch size that it takes, "N" or "1". Raises ConfigError."""
+    """Return the traced network and the batch size that it takes, "N" or "1"."""
     from torch.fx.experimental import _config
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -2157,7 +2160,7 @@ def trace(
 
 
 def sample_image(count: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """A smooth random image (N, C, H, W)."""
+    """Return a smooth random image (N, C, H, W)."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(count, channels, 9, 9, generator=generator)
     return (255 * upsample(noise, (height, width), align_corners=True)).to(dtype)
@@ -2195,7 +2198,7 @@ def to_pt2(program: torch.export.ExportedProgram) -> bytes:
 
 
 def replace_ceil(graph: torch.fx.Graph) -> None:
-    """Writes ceil(a / b) as -(-a // b), because torch.export.save lacks ceil of sizes.
+    """Write ceil(a / b) as -(-a // b), because torch.export.save lacks ceil of sizes.
 
     timm's networks with weights from TensorFlow compute their padding with it.
     """
@@ -2217,7 +2220,7 @@ def replace_ceil(graph: torch.fx.Graph) -> None:
 def check_exported(
     network: ExportedNetwork, path: Path, channels: int, dtype: torch.dtype
 ) -> list[str]:
-    """Compares the file with the network at two sizes. Raises UserError if they disagree."""
+    """Compare the file with the network at two sizes. Raise UserError if they disagree."""
     if path.suffix == ".pt2":
         exported = torch.export.load(path).module()
     else:
@@ -2254,7 +2257,7 @@ PRECISIONS = {  # the type of the weights, and that of autocast or None
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """A key of PRECISIONS: `name`, or what "auto" stands for on a device.
+    """Return a key of PRECISIONS: `name`, or what "auto" stands for on a device.
 
     That is bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU.
     """
@@ -2268,7 +2271,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def set_up_arithmetic(precision: str, deterministic: bool) -> None:
-    """Sets torch's global switches. TF32 shortens the mantissa of float32 in GPU kernels."""
+    """Set torch's global switches. TF32 shortens the mantissa of float32 in GPU kernels."""
     if precision in ("fp32", "tf32"):
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -2279,7 +2282,7 @@ def set_up_arithmetic(precision: str, deterministic: bool) -> None:
 
 
 def choose_arithmetic(config: Config, device: torch.device) -> tuple[str, Callable]:
-    """Sets torch up for a config's precision; returns that and autocast."""
+    """Set torch up for a config's precision. Return that and autocast."""
     precision = choose_precision(config.precision, device)
     set_up_arithmetic(precision, config.deterministic)
     _, low_precision = PRECISIONS[precision]
@@ -2290,7 +2293,7 @@ def choose_arithmetic(config: Config, device: torch.device) -> tuple[str, Callab
 
 
 def step_seed(seed: int, iteration: int, rank: int) -> int:
-    """The seed of one process's random numbers, such as dropout, in one iteration."""
+    """Return the seed of one process's random numbers, such as dropout, in one iteration."""
     sequence = np.random.SeedSequence((seed, iteration, rank))
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
@@ -2307,12 +2310,12 @@ class StepTimer:
         self.data_wait = 0.0
 
     def tick(self) -> None:
-        """Counts one iteration."""
+        """Count one iteration."""
         self.steps += 1
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent inside, as for validating and saving, is no part of the iterations."""
+        """Keep the time spent inside, as for validating and saving, out of the iterations."""
         began = time.perf_counter()
         yield
         self.began += time.perf_counter() - began
@@ -2330,7 +2333,7 @@ class StepTimer:
 def warm_up(
     state: TrainState, net: nn.Module, data: Data, autocast: Callable, run_dir: RunDir
 ) -> None:
-    """With several processes, runs one forward and backward pass that leaves no trace.
+    """Run one forward and backward pass that leaves no trace, if there are several processes.
 
     DDP's first backward pass reduces gradients in buckets that follow the order of the parameters.
     All later ones use buckets in the order in which the gradients of the first pass arrived. The
@@ -2365,7 +2368,7 @@ def forward_backward(
     stopping: bool,
     timeout: float,
 ) -> tuple[dict[str, float], bool]:
-    """Computes the gradient of one step over its micro-batches.
+    """Compute the gradient of one step over its micro-batches.
 
     Returns the losses averaged over all processes, and whether any process was told to stop.
     """
@@ -2395,7 +2398,7 @@ def forward_backward(
 
 
 def optimizer_step(state: TrainState, clip_grad: float | None) -> None:
-    """Clips the gradient, updates the weights and clears the gradient."""
+    """Clip the gradient, update the weights and clear the gradient."""
     if clip_grad:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
@@ -2406,7 +2409,7 @@ def optimizer_step(state: TrainState, clip_grad: float | None) -> None:
 
 @torch.no_grad()
 def update_ema(state: TrainState, decay: float | None) -> None:
-    """Moves the average, if there is one: average = decay * average + (1 - decay) * weights.
+    """Update the average, if there is one: average = decay * average + (1 - decay) * weights.
 
     With N updates done, the decay is at most N / (N + 1), which makes the average a plain mean at
     first (Mean Teacher, arXiv:1703.01780). Batch norm's statistics are averaged like the weights,
@@ -2429,7 +2432,7 @@ def update_ema(state: TrainState, decay: float | None) -> None:
 
 
 def check_gradients(model: nn.Module, run_dir: RunDir) -> None:
-    """Names the parameters that no loss depends on, after the first backward pass.
+    """Name the parameters that no loss depends on, after the first backward pass.
 
     With several processes this is an error: DDP would fail at the next step without a name.
     """
@@ -2452,9 +2455,9 @@ def check_gradients(model: nn.Module, run_dir: RunDir) -> None:
 def stop_on_non_finite(
     state: TrainState, losses: dict, is_first: bool, config: Config, data: Data, run_dir: RunDir
 ) -> None:
-    """Saves a checkpoint that replays the iteration, and raises UserError.
+    """Save a checkpoint that replays the iteration, and raise UserError.
 
-    is_first: whether this is the run's first iteration, so that no update of it broke the weights.
+    is_first: whether the run has not updated the weights yet, so that it cannot have broken them.
     """
     iteration = state.iteration
     replay = run_dir.path / f"not_finite_iter_{iteration}.pth"
@@ -2499,7 +2502,7 @@ def validate(
     run_dir: RunDir,
     interrupted: Callable = lambda: False,
 ) -> bool | None:
-    """Evaluates and logs. Returns whether this is the best mIoU so far; None if interrupted."""
+    """Evaluate and log. Return whether this is the best mIoU so far; None if interrupted."""
     mode = "test" if args.eval_only else "val"
     preview = None  # an evaluation beside training leaves those of the run alone
     if not args.eval_only:
@@ -2540,7 +2543,7 @@ def validate(
 
 
 def is_due(state: TrainState, max_iters: int, interval: int) -> bool:
-    """What happens every `interval` iterations also happens after the last one."""
+    """Return whether to do what is done every `interval` iterations and after the last one."""
     return state.iteration % interval == 0 or state.iteration == max_iters
 
 
@@ -2552,7 +2555,7 @@ def is_finished(state: TrainState, config: Config) -> bool:
 
 
 def checkpoint_content(state: TrainState, config: Config, data: Data) -> dict:
-    """A checkpoint's content: plain types and tensors."""
+    """Return a checkpoint's content: plain types and tensors."""
     return state.state_dict() | {
         "config": asdict(config),
         "classes": list(data.classes),
@@ -2562,7 +2565,7 @@ def checkpoint_content(state: TrainState, config: Config, data: Data) -> dict:
 
 
 def save(state: TrainState, config: Config, data: Data, run_dir: RunDir, names: list[str]) -> None:
-    """Saves a checkpoint under all of `names`. Raises UserError if the state is not finite."""
+    """Save a checkpoint under all of `names`. Raise UserError if the state is not finite."""
     content = checkpoint_content(state, config, data)
     bad_keys = not_finite({key: content.get(key) for key in ("state_dict", "optimizer", "ema")})
     if bad_keys:
@@ -2587,6 +2590,8 @@ def save_and_validate(
     save_as(names) saves a checkpoint; score() returns what validate() returns.
 
     The checkpoint comes first, because the validation may fail, and is saved again with the score.
+    Where none was due, one is saved if the validation fails, so that a resumed run makes up for it,
+    and at the end of the run.
     """
     names = [f"iter_{state.iteration}.pth", "latest.pth"]
     state.validated = not validation_is_due
@@ -2601,7 +2606,7 @@ def save_and_validate(
         state.validated = is_best is not None
         best = ["best.pth"] if is_best else []
         has_new_score = save_is_due and state.validated
-        lacks_validation = not save_is_due and not state.validated  # a resumed run makes up for it
+        lacks_validation = not save_is_due and not state.validated
         if has_new_score or lacks_validation or is_finished(state, config):
             save_as(names + best)
         elif best:
@@ -2617,9 +2622,9 @@ def report(
     data: Data,
     run_dir: RunDir,
 ) -> None:
-    """Logs one line to train.log and one to metrics.jsonl.
+    """Log one line to train.log and one to metrics.jsonl.
 
-    Times are in seconds per iteration, memory in MiB: the peak of the GPU's, or of a CPU process's.
+    Times are in seconds per iteration. Memory is the peak in MiB, of the GPU or else the process.
     """
     seconds, data_wait = timer.averages()
     if torch.cuda.is_available():
@@ -2650,7 +2655,7 @@ def duration(seconds: float) -> str:
 
 
 def wrap_line(text: str) -> str:
-    """Folds a long text, so that lines of train.log with their time stay below 120 columns."""
+    """Fold a long text, so that lines of train.log with their time stay below 120 columns."""
     text = text.replace(": ", ":\N{NO-BREAK SPACE}")  # keeps a name beside its value
     lines = textwrap.wrap(text, 95, break_long_words=False, break_on_hyphens=False)
     return "\n    ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
@@ -2664,7 +2669,7 @@ def log_start(
     config: Config,
     run_dir: RunDir,
 ) -> None:
-    """Logs what runs on which data, where it starts and what is to come."""
+    """Log what runs on which data, where it starts and what is to come."""
     if dist_utils.rank() > 0:
         return
     model = state.model
@@ -2705,7 +2710,7 @@ def log_start(
 
 
 def count_flops(config: Config) -> int | None:
-    """Multiplications and additions of one image's forward pass; None if it needs real values."""
+    """Count the multiplications and additions for one image; None if the network needs values."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with contextlib.suppress(Exception), torch.device("meta"), torch.no_grad():
@@ -2772,7 +2777,7 @@ def log_end(state: TrainState, config: Config, run_dir: RunDir) -> str:
 def build_network(
     config: Config, data: Data, device: torch.device, dtype: torch.dtype
 ) -> Segmentor:
-    """The network with random weights. Raises ConfigError if its classes are not the data's."""
+    """Build the network with random weights. Raise ConfigError if its classes do not fit."""
     torch.manual_seed(config.seed)
     model = models.build_model(config.model)
     heads = model.named_heads(model.decode_head, "decode_head")
@@ -2788,7 +2793,7 @@ def build_network(
 
 
 def build_state(config: Config, data: Data, device: torch.device, precision: str) -> TrainState:
-    """Network and optimizer before the first iteration, and the moving average if it is set."""
+    """Build network and optimizer before the first iteration, and the moving average if any."""
     dtype, low_precision = PRECISIONS[precision]
     model = build_network(config, data, device, dtype)
     optimizer = build_optimizer(model, **config.optimizer)
@@ -2800,7 +2805,7 @@ def build_state(config: Config, data: Data, device: torch.device, precision: str
 
 
 def batch_warnings(model: Segmentor, data: Data) -> list[str]:
-    """Says which losses do not depend on the global batch alone."""
+    """Say which losses do not depend on the global batch alone."""
     parts = model.batch_dependent_parts()
     if not parts or dist_utils.world_size() * data.accumulate == 1:
         return []
@@ -2811,7 +2816,7 @@ def batch_warnings(model: Segmentor, data: Data) -> list[str]:
 
 
 def setting_warnings(config: Config, data: Data, model: Segmentor) -> list[str]:
-    """Says which settings are possible, but hardly meant."""
+    """Say which settings are possible, but hardly meant."""
     found = []
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if data.workers > max(cores, 1):
@@ -2838,7 +2843,7 @@ def setting_warnings(config: Config, data: Data, model: Segmentor) -> list[str]:
 
 
 def wrap(model: Segmentor, config: Config) -> nn.Module:
-    """The network as the training step calls it: in DDP, compiled."""
+    """Return the network as the training step calls it: in DDP, compiled."""
     net = dist_utils.distribute(model)
     if config.compile:
         net = models.compiled(net)
@@ -2846,7 +2851,7 @@ def wrap(model: Segmentor, config: Config) -> nn.Module:
 
 
 def load_data(args: argparse.Namespace, config: Config, device: torch.device) -> Data:
-    """The data sets, checked before anything is written."""
+    """Return the data sets, checked before anything is written."""
     data = Data(**config.data, seed=config.seed).to(device)
     takes_one_image = data.batch_size == data.accumulate and dist_utils.world_size() == 1
     if takes_one_image and not args.eval_only:  # several processes would share their statistics
@@ -2958,7 +2963,7 @@ def run(  # noqa: PLR0915
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """What the run is of, where it starts, and how it is scored."""
+    """Add the flags that say what the run is of, where it starts, and how it is scored."""
     add = parser.add_argument
     path = os.path.expanduser  # the shell leaves the ~ in --config=~/mine.json
     add(
@@ -2998,7 +3003,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_other_flags(parser: argparse.ArgumentParser) -> None:
-    """Where predictions are written, what is done in place of a run, and overridden keys."""
+    """Add the flags for predictions, for what is done in place of a run, and for single keys."""
     add = parser.add_argument
     path = os.path.expanduser
     add(
@@ -3062,7 +3067,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Runs train.py with these arguments. Returns "done", or "stopped" after a signal."""
+    """Run train.py with these arguments. Return "done", or "stopped" after a signal."""
     args = parse_args(argv)
     options = list(args.options)
     if args.work_dir:
@@ -3079,12 +3084,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         print(json.dumps(complete(asdict(config)), indent=1))
         return "done"
     if args.check_data:
-        folder = make_folder(args.show_dir or config.work_dir)
-        channels = config.data.get("in_channels", 3)
-        # It prints the mean and std to set.
-        normalization = {"mean": [0.0] * channels, "std": [1.0] * channels} if channels != 3 else {}
-        data = Data(**normalization | config.data, seed=config.seed)
-        check_every_sample(data, folder / "contact_sheet.png")
+        check_data(config, make_folder(args.show_dir or config.work_dir))
         return "done"
     notes = [] if is_inference else check_network(config)
     if config.deterministic:  # cuBLAS reads this when it starts
@@ -3102,8 +3102,18 @@ def main(argv: Sequence[str] | None = None) -> str:
         raise as_user_error(error) from None
 
 
+def check_data(config: Config, folder: Path) -> None:
+    """Check every sample and draw a contact sheet into `folder`."""
+    section = config.data
+    channels = section.get("in_channels", 3)
+    if channels != 3:  # This prints the mean and std that such data needs, so it runs without.
+        section = {"mean": [0.0] * channels, "std": [1.0] * channels} | section
+    data = Data(**section, seed=config.seed)
+    check_every_sample(data, folder / "contact_sheet.png")
+
+
 def check_inference_flags(args: argparse.Namespace) -> None:
-    """Checks the arguments that go with --predict and --export. Raises ConfigError."""
+    """Check the arguments that go with --predict and --export. Raise ConfigError."""
     if not args.load_from:
         raise ConfigError("--predict and --export need a checkpoint: name it by --load-from")
     if args.predict and not args.show_dir:
@@ -3113,7 +3123,7 @@ def check_inference_flags(args: argparse.Namespace) -> None:
 
 
 def run_inference(args: argparse.Namespace, config: Config, device: torch.device) -> str:
-    """Predicts images, exports the network, or both. Returns "done"."""
+    """Predict images, export the network, or both. Return "done"."""
     checkpoint = load_checkpoint(args.load_from)
     if args.predict:
         predict = Predictor(checkpoint, config, device, args.aug_test)
@@ -3127,7 +3137,7 @@ def run_inference(args: argparse.Namespace, config: Config, device: torch.device
 
 
 def as_user_error(error: Exception) -> Exception:
-    """The UserError that explains a failure of the hardware, the network or a process.
+    """Return the UserError that explains a failure of the hardware, the network or a process.
 
     Any other error, such as one in a user's module, is returned as it is.
     """
