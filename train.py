@@ -220,6 +220,17 @@ GIVEN_BY_THE_RUN = {
     "optimizer": {"model", "params"},
     "schedule": {"iteration", "base_lr"},
 }
+# Keys that are not used while another key of their section has one of these values.
+UNUSED = {
+    "data": {"first_column": ("files", [None]), "fold_seed": ("fold", [None])},
+    "schedule": {
+        "power": ("policy", ["cosine", "step"]),
+        "gamma": ("policy", ["poly", "cosine"]),
+        "warmup_iters": ("warmup", [None]),
+        "warmup_ratio": ("warmup", [None]),
+    },
+    "evaluation": {"crop_size": ("mode", ["whole"]), "stride": ("mode", ["whole"])},
+}
 
 
 def load_config(path: str | Path, options: Sequence[str] = ()) -> dict:
@@ -357,6 +368,23 @@ def check_config(config: Config) -> None:
         known.pop(name)
     check_parameters("learning_rate", known, config.schedule, "schedule")
     learning_rate(0, 1.0, **config.schedule)
+    if config.schedule.get("warmup"):
+        is_given = "warmup_iters" in config.schedule
+        require(is_given, "schedule.warmup_iters", None, "the number of iterations of the warm-up")
+    check_use_of_keys("schedule", config.schedule, models.defaults(learning_rate))
+    check_use_of_keys("evaluation", asdict(config.evaluation), models.defaults(Evaluation))
+
+
+def check_use_of_keys(place: str, section: dict, defaults: dict) -> None:
+    """Raises ConfigError for a key of UNUSED that has no effect, but another value than usual."""
+    full = defaults | section
+    for key, (other, values) in UNUSED[place.partition(".")[0]].items():
+        if key in defaults and full[key] != defaults[key] and full[other] in values:
+            raise ConfigError(
+                f"{place}.{key} is {full[key]!r}, but it is not used while {place}.{other} is "
+                f"{full[other]!r}. Set {place}.{other}, or leave out {key} (default: "
+                f"{defaults[key]!r})"
+            )
 
 
 def check_pasted(config: Config) -> None:
@@ -420,6 +448,7 @@ def check_data_set(section: dict, owner: type, place: str) -> None:
     if owner is not Data:
         known.pop("in_channels", None)
     check_parameters(f"data set {kind}", known, section, place)
+    check_use_of_keys(place, section, models.defaults(DATASETS[kind]))
 
 
 def check_network(config: Config, batch_size: int = 2) -> list[str]:
@@ -642,6 +671,9 @@ def parse_paramwise(paramwise: dict) -> tuple[dict[str, dict], dict[str, float],
     """
     rules = dict(paramwise)
     layer_decay = {key: rules.pop(key) for key in ("layer_decay", "decay_type") if key in rules}
+    is_used = "layer_decay" in layer_decay or "decay_type" not in layer_decay
+    place = "optimizer.paramwise.decay_type"
+    require(is_used, place, layer_decay.get("decay_type"), "it together with layer_decay")
     check_keywords(layer_multipliers, {"model": nn.Module()} | layer_decay, "optimizer.paramwise")
     general = {}
     for key in ("norm_decay_mult", "bias_lr_mult", "bias_decay_mult"):
@@ -3062,13 +3094,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
     has_config = args.predict or args.export or (args.eval_only and args.load_from)
     if not args.config and not has_config:
-        parser.error("--config is missing. Try: python train.py --config configs/quickstart.json")
+        parser.error(f"--config is missing. Try: {command_with_config(args)}")
     return args
+
+
+def command_with_config(args: argparse.Namespace) -> str:
+    """The command to suggest to a user who has named a run, but no config."""
+    folder = args.work_dir or os.path.dirname(args.resume_from or "")
+    config = os.path.join(folder, "config.json")
+    best = os.path.join(folder, "best.pth")
+    if args.eval_only and os.path.isfile(best):
+        return f"python train.py --load-from {shlex.quote(best)} --eval-only"
+    if folder and os.path.isfile(config):
+        checkpoint = shlex.quote(args.resume_from or "auto")
+        return f"python train.py --config {shlex.quote(config)} --resume-from {checkpoint}"
+    return "python train.py --config configs/quickstart.json"
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ConfigError for flags of which one would be ignored because of another."""
+    for first, others in {
+        "predict": ("resume_from", "no_validate"),
+        "export": ("resume_from", "no_validate"),
+        "check_data": ("predict", "export"),
+        "eval_only": ("no_validate", "predict", "export", "check_data"),
+    }.items():
+        for other in others:
+            if getattr(args, first) and getattr(args, other):
+                flags = [f"--{name.replace('_', '-')}" for name in (first, other)]
+                raise ConfigError(f"{flags[0]} has no use for {flags[1]}: leave out one of them")
 
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Run train.py with these arguments. Return "done", or "stopped" after a signal."""
     args = parse_args(argv)
+    check_flags(args)
     options = list(args.options)
     if args.work_dir:
         options.append(f"work_dir={json.dumps(args.work_dir)}")

@@ -130,7 +130,22 @@ def test_misspelled_key_anywhere(tiny, tmp_path):
         ("schedule.warmup=cosine", ["schedule.warmup"]),
         ("schedule.warmup_iters=-5", ["schedule.warmup_iters"]),
         ("schedule.iteration=3", ["schedule.iteration", "leave it out"]),
+        ("schedule.warmup=linear", ["schedule.warmup_iters"]),
+        ("schedule.warmup_iters=5", ["schedule.warmup_iters", "Set schedule.warmup"]),
+        ("schedule.warmup_ratio=0.1", ["schedule.warmup_ratio", "Set schedule.warmup"]),
+        ("schedule.gamma=0.5", ["schedule.gamma", "schedule.policy is 'poly'"]),
+        (
+            'schedule={"policy": "cosine", "max_iters": 6, "power": 1.0}',
+            ["schedule.power", "leave out power (default: 0.9)"],
+        ),
+        ("optimizer.paramwise.decay_type=stage_wise", ["decay_type", "layer_decay"]),
+        (
+            'data={"type": "folder", "root": ".", "classes": ["a"], "fold_seed": 1, '
+            '"batch_size": 2, "crop_size": [8, 8]}',
+            ["data.fold_seed", "Set data.fold"],
+        ),
         ("evaluation.mode=slide", ["evaluation.crop_size"]),
+        ("evaluation.crop_size=[32,32]", ["evaluation.crop_size", "evaluation.mode is 'whole'"]),
         ("evaluation.interval=0", ["evaluation.interval"]),
         ("evaluation.patience=0", ["evaluation.patience", "null"]),
         ("evaluation.ratios=[]", ["evaluation.ratios"]),
@@ -197,6 +212,25 @@ def test_command_line_that_is_wrong(capsys):
         with pytest.raises(SystemExit):
             train.parse_args(argv)
         assert part in capsys.readouterr().err
+
+
+def test_a_run_is_named_in_place_of_its_config(finished, capsys):
+    work_dir = finished["work_dir"]
+    checkpoint = f"{work_dir}/iter_3.pth"
+    for argv, part in (
+        (["--eval-only", "--work-dir", work_dir], f"--load-from {work_dir}/best.pth --eval-only"),
+        (["--work-dir", work_dir], f"--config {work_dir}/config.json --resume-from auto"),
+        (["--resume-from", checkpoint], f"/config.json --resume-from {checkpoint}"),
+    ):
+        with pytest.raises(SystemExit):
+            train.parse_args(argv)
+        assert part in capsys.readouterr().err
+
+
+def test_flags_that_exclude_each_other():
+    for flags in ("--eval-only --no-validate", "--predict a --check-data"):
+        with pytest.raises(ConfigError, match="leave out one of them"):
+            train.main(["--config", "c.json", "--load-from", "w.pth", *flags.split()])
 
 
 @pytest.mark.parametrize(
