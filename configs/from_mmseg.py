@@ -1,4 +1,4 @@
-"""Converts a whole MMSegmentation 1.x config into a config of train.py.
+"""Convert a whole MMSegmentation 1.x config into a config of train.py.
 
     python -c "from mmengine import Config; Config.fromfile('F.py').dump('dumped.json')"
     python configs/from_mmseg.py dumped.json --gpus 4 > configs/mine.json
@@ -163,7 +163,7 @@ class Section(dict):
         return value
 
     def expect(self, **allowed: list) -> None:
-        """Takes keys that train.py lacks: it does what the allowed values mean."""
+        """Take keys that train.py lacks, as it does what the allowed values mean."""
         for key, values in allowed.items():
             value = self.take(key, None)
             if value not in values:
@@ -251,7 +251,7 @@ def convert(config: dict, gpus: int) -> dict:
 
 
 def check_top_level(config: Section) -> None:
-    """Notes what is left out at the top level, and checks the sections without a counterpart."""
+    """Note what is left out at the top level, and check the sections without a counterpart."""
     unread = [key for key in config if key not in READ]
     for key in unread:
         del config[key]
@@ -275,7 +275,7 @@ def check_top_level(config: Section) -> None:
 
 
 def count_updates(section: dict, accumulate: int) -> None:
-    """Turns MMEngine's iterations, which are forward passes, into ours, which are updates."""
+    """Turn MMEngine's iterations, which are forward passes, into ours, which are updates."""
     for key in ("max_iters", "warmup_iters", "interval"):
         if key in section:
             section[key] = -(-section[key] // accumulate)
@@ -285,7 +285,7 @@ def count_updates(section: dict, accumulate: int) -> None:
 
 # ---------------------------------------------------------------------------------------- The model
 def convert_model(section: Section, gpus: int) -> dict:
-    """Takes all of `section` but its data_preprocessor, train_cfg and test_cfg."""
+    """Take all of `section` but its data_preprocessor, train_cfg and test_cfg."""
     backbone = section.section("backbone")
     others = ("data_preprocessor", "train_cfg", "test_cfg")
     model = {key: section.pop(key) for key in list(section) if key not in others}
@@ -308,7 +308,7 @@ def convert_model(section: Section, gpus: int) -> dict:
 
 
 def refuse_unknown_types(model: dict) -> None:
-    """Raises UserError with everything that models.py lacks."""
+    """Raise UserError with everything that models.py lacks."""
     known = {"EncoderDecoder", "CascadeEncoderDecoder", *models.BACKBONES, *models.NECKS}
     known |= {*models.HEADS, *models.LOSSES, *models.SAMPLERS}
     lacking = []
@@ -393,7 +393,7 @@ def convert_layer_decay(paramwise: Section, backbone: dict) -> dict:
 
 
 def convert_schedule(config: Section) -> dict:
-    """Counts iterations as MMEngine does. The head of this file says how warm-ups differ."""
+    """Count iterations as MMEngine does. The head of this file says how warm-ups differ."""
     loop = config["train_cfg"]
     loop.expect(type=["IterBasedTrainLoop"], val_begin=[None, 0, 1])
     max_iters = loop.take("max_iters")
@@ -459,7 +459,7 @@ def convert_preprocessor(config: Section, crop_size: list[int]) -> dict:
 
 
 def validate_on(val: dict, train: dict) -> None:
-    """Leaves out of validation what is trained on alone. Raises UserError if `val` is not in it."""
+    """Leave out of validation what is trained on alone. Raise UserError if `val` is not in it."""
     if train == val or train | {"type": train["type"].removesuffix("_aug")} == val:
         return
     if val not in train.get("datasets", []):

@@ -1,4 +1,4 @@
-"""Measures one aspect of the code on this machine and prints one JSON line.
+"""Measure one aspect of the code on this machine and print one JSON line.
 
 python tests/benchmark.py start
     seconds to import and to build PSPNet-R50
@@ -317,7 +317,7 @@ def seconds_to_first_step(command: list[str]) -> float:
 
 
 def measure_resume(args: argparse.Namespace) -> dict:
-    """Resumes at iteration 0 and at --iteration, three times each, in turns."""
+    """Resume at iteration 0 and at --iteration, three times each, in turns."""
     import torch
 
     seconds = {0: [], args.iteration: []}
@@ -420,7 +420,7 @@ def measure_gpu(args: argparse.Namespace) -> dict:
 
 
 def print_row(**row) -> None:
-    """Sends a row from a part of the table to the process that collects them."""
+    """Send a row from a part of the table to the process that collects them."""
     print("ROW " + json.dumps(row), flush=True)
 
 
@@ -449,7 +449,7 @@ class GpuTable:
         return {"json": f"{self.args.out}.json", "markdown": f"{self.args.out}.md"}
 
     def add(self, **row) -> None:
-        """Adds a row and writes both files, so that an end before the last row loses none."""
+        """Add a row and write both files, so that an end before the last row loses none."""
         self.rows.append(row)
         out = Path(self.args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -458,7 +458,7 @@ class GpuTable:
         Path(f"{out}.md").write_text(gpu_markdown(self.rows, ["python", *sys.argv]))
 
     def run_part(self, part: str, limit: float) -> str | None:
-        """Measures a part in its own process. Returns why it ended early, if it did."""
+        """Measure a part in its own process. Return why it ended early, if it did."""
         command = [sys.executable, __file__, "gpu", "--part", part, "--device", self.args.device]
         if self.args.quick:
             command.append("--quick")
@@ -477,7 +477,7 @@ class GpuTable:
         take: Callable[[str], None],
         env: dict[str, str] | None = None,
     ) -> str | None:
-        """Runs a command and passes on the lines that it prints. Returns what went wrong."""
+        """Run a command and pass on the lines that it prints. Return what went wrong."""
         limit = min(limit, self.deadline - time.monotonic())
         if limit <= 0:
             return "no time left (--limit)"
@@ -617,7 +617,7 @@ def seconds_per_call(function: Callable[[], object], device, quick: bool) -> flo
 
 
 def measure_network(name: str, args: argparse.Namespace) -> None:
-    """Prints the rows of one network: a step in each mode, a profile and the evaluation."""
+    """Print the rows of one network: a step in each mode, a profile and the evaluation."""
     import gc
 
     import torch

@@ -48,7 +48,7 @@ each_config = pytest.mark.parametrize(
 
 
 def skip(reason: str) -> None:
-    """Skips the test; fails it where REQUIRE_ALL is set, as in CI."""
+    """Skip the test; fail it where REQUIRE_ALL is set, as in CI."""
     if os.environ.get("REQUIRE_ALL"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -93,7 +93,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _train(argv: list[str], env: dict[str, str], log: str, folder: str, code: str) -> None:
-    """Runs the train.py in the folder `code` in this process."""
+    """Run the train.py in the folder `code` in this process."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -135,7 +135,7 @@ class Run:
             self.processes.append(process)
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Waits for every rank to end. Returns their exit codes."""
+        """Wait for every rank to end. Return their exit codes."""
         for process in self.processes:
             process.join(timeout)
             if process.is_alive():
@@ -202,7 +202,7 @@ def failing(run, config: dict, *argv, world_size: int = 1, env: dict | None = No
 
 
 def wait_for(condition: Callable[[], bool], process: Run, seconds: float = 60) -> None:
-    """Waits until `condition()` is true or the run has ended."""
+    """Wait until `condition()` is true or the run has ended."""
     end = time.monotonic() + seconds
     while not condition() and process.is_alive():
         assert time.monotonic() < end, process.output()
@@ -294,7 +294,7 @@ def tiny(tmp_path: Path) -> dict:
 
 
 def set_in_heads(config: dict, **settings) -> None:
-    """Changes settings of both heads of the tiny config."""
+    """Change settings of both heads of the tiny config."""
     for head in ("decode_head", "auxiliary_head"):
         config["model"][head] |= settings
 

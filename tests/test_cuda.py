@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def arithmetic() -> Iterator[None]:
-    """Runs within this process change torch's global switches: restores them, and frees memory."""
+    """Restore torch's global switches, which runs in this process change, and free memory."""
     yield
     train.set_up_arithmetic("fp32", deterministic=False)
     torch.backends.cudnn.benchmark = False
@@ -144,7 +144,7 @@ def train_step(
 
 @pytest.fixture
 def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces functions with kinks, where one rounding makes a gradient jump."""
+    """Replace functions with kinks, where one rounding makes a gradient jump."""
     monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.silu(x))
     monkeypatch.setattr(F, "hardtanh", lambda x, *limits: F.silu(x))  # ReLU6
     monkeypatch.setattr(F, "max_pool2d", lambda x, *sizes, **options: F.avg_pool2d(x, *sizes[:3]))
@@ -313,7 +313,7 @@ def test_a_resumed_deterministic_run_is_the_same(tiny, tmp_path, precision, comp
 
 
 def start_from(config: dict, other: dict, name: str) -> None:
-    """Copies a checkpoint into the config's work_dir."""
+    """Copy a checkpoint into the config's work_dir."""
     Path(config["work_dir"]).mkdir()
     shutil.copy(Path(other["work_dir"]) / name, config["work_dir"])
 
@@ -360,7 +360,7 @@ def test_a_resumed_run_of_two_processes_is_the_same(tiny, run, tmp_path):
 
 @contextlib.contextmanager
 def host_must_not_wait(mode: str = "error") -> Iterator[None]:
-    """Makes every wait of the host for the device an error, or allows it with mode "default"."""
+    """Make every wait of the host for the device an error, or allow it with mode "default"."""
     if not IS_CUDA:
         yield
         return

@@ -96,7 +96,7 @@ def first_label(folder: dict) -> Path:
 
 
 def write_first_label(folder: dict, value: int | np.ndarray) -> None:
-    """Replaces the label of the first training image; a single value fills it."""
+    """Replace the label of the first training image; a single value fills it."""
     if isinstance(value, int):
         value = np.full(SIZES[0], value, np.uint8)
     write_image(first_label(folder), value)
@@ -287,7 +287,7 @@ def test_flip_turns_image_and_label_together(folder):
 
 
 def distort_pixel(pixel: list[float], color: list[float]) -> list[float]:
-    """Applies MMSegmentation's steps to one pixel, using colorsys."""
+    """Apply MMSegmentation's steps to one pixel, using colorsys."""
 
     def clip(values) -> list[float]:
         return [min(max(v, 0.0), 255.0) for v in values]
@@ -515,7 +515,7 @@ def test_color_picture_as_label(folder):
 
 
 def write_masks(folder: dict, split: str, *values: int) -> None:
-    """Fills the labels of a split with vertical stripes of these values."""
+    """Fill the labels of a split with vertical stripes of these values."""
     for path in Path(folder["root"], "labels", split).glob("*/*.png"):
         with Image.open(path) as label:
             stripes = np.resize(np.array(values, np.uint8), label.width)
@@ -1182,7 +1182,7 @@ def test_cache_is_filled_by_many_processes_at_once(cached):
 
 @contextlib.contextmanager
 def full_disk(limit: int) -> Iterator[None]:
-    """Simulates a full disk by a limit on the size of files, beyond which writes fail."""
+    """Simulate a full disk by a limit on the size of files, beyond which writes fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -1248,7 +1248,7 @@ def test_memory_is_flat(cached):
 
 
 def lay_out(root: Path, image: str, label: str, value: int) -> None:
-    """Writes a 12x10 image and a label that is `value` everywhere."""
+    """Write a 12x10 image and a label that is `value` everywhere."""
     pixels = np.full((10, 12, 3), 90, np.uint8)
     write_image(root / image, pixels)
     classes = np.full((10, 12), value, np.uint8)
@@ -1611,7 +1611,7 @@ def test_synthetic_scenes_need_more_than_color():
 
 
 def write_unusual_image(mode: str, folder: Path, rng: np.random.Generator) -> np.ndarray:
-    """Writes an image. Returns the values that reading it should give: (20, 30, C)."""
+    """Write an image. Return the values that reading it should give: (20, 30, C)."""
     pixels = rng.integers(0, 255, (20, 30, 4), dtype=np.uint8)
     rgb = pixels[..., :3]
     gray = pixels[..., :1]

@@ -1,4 +1,4 @@
-"""Traces networks, losses, evaluation and augmentation on CUDA without a GPU.
+"""Trace networks, losses, evaluation and augmentation on CUDA without a GPU.
 
 Under FakeTensorMode, tensors have shapes, types and devices but no values, and "cuda" needs no GPU.
 An operation on tensors of two devices is an error. So is a size or a branch that depends on values
@@ -42,7 +42,7 @@ class NoWaitingCopies(TorchDispatchMode):
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """Makes all new tensors fake. Small ones on the CPU keep their values, which the host knows."""
+    """Make all new tensors fake. Small ones on the CPU keep their values, which the host knows."""
     monkeypatch.setattr(fake_tensor, "CONSTANT_NUMEL_LIMIT", 64)
     # Autocast refuses to work on CUDA without a GPU.
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -76,7 +76,7 @@ def build(section: dict) -> models.Segmentor:
 
 
 def move(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replaces parameters and buffers by fake ones on a device. `Module.to` cannot do that."""
+    """Replace parameters and buffers by fake ones on a device. `Module.to` cannot do that."""
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
@@ -205,7 +205,7 @@ SAMPLERS = {
 
 
 def trace_loss(device: torch.device, num_classes: int, out_channels: int, **section) -> None:
-    """Traces a head with `loss_decode` and `sampler` of `section`."""
+    """Trace a head with `loss_decode` and `sampler` of `section`."""
     head = models.FCNHead(
         in_channels=4,
         channels=4,

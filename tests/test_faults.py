@@ -261,7 +261,7 @@ def test_evaluation_without_weights(tiny, run):
 
 
 def folder_of_images(root: Path, count: int = 4) -> dict:
-    """Writes a small data set of images of 64x48 pixels. Returns the config's data section."""
+    """Write a small data set of images of 64x48 pixels. Return the config's data section."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for kind in ("images", "labels"):
@@ -500,7 +500,7 @@ def test_auto_falls_back_to_the_last_good_checkpoint(straight, finished, run, da
 
 
 def test_flipped_bit_is_noticed_or_without_effect(straight, tmp_path):
-    """Flips bits all over the file; only those in padding may have no effect."""
+    """Flip bits all over the file; only those in padding may have no effect."""
     whole = (Path(straight["work_dir"]) / "latest.pth").read_bytes()
     good = checkpoint(straight)
     path = tmp_path / "flipped.pth"
@@ -561,7 +561,7 @@ def test_work_dir_on_a_read_only_disk(tiny, run, disk):
 
 
 def fill(path: Path) -> None:
-    """Writes a file until the disk is full."""
+    """Write a file until the disk is full."""
     with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
@@ -879,7 +879,7 @@ def undisturbed(tmp_path_factory) -> Callable[[int], tuple[dict, float]]:
 
 
 def wait_for_a_save(folder: Path, process: Run) -> None:
-    """Waits until a checkpoint is being written, or has been written if that went unseen."""
+    """Wait until a checkpoint is being written, or has been written if that went unseen."""
     before = set(folder.glob("iter_*.pth"))
 
     def saving() -> bool:
@@ -892,7 +892,7 @@ def wait_for_a_save(folder: Path, process: Run) -> None:
 
 @pytest.mark.parametrize("number", range(KILLS))
 def test_killed_at_any_moment(run, undisturbed, tmp_path, number):
-    """Kills all or one of the processes, at a random time or during a save, and resumes."""
+    """Kill all or one of the processes, at a random time or during a save, and resume."""
     dice = random.Random(number)
     world_size = 1 + number % 2
     straight, seconds = undisturbed(world_size)

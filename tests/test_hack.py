@@ -612,7 +612,7 @@ def recipes() -> dict[str, tuple[str, str, list[str]]]:
 
 
 def carry_out(recipe: tuple[str, str, list[str]], folder: Path) -> list[str]:
-    """Edits the modules in `folder` as the recipe says. Returns its options."""
+    """Edit the modules in `folder` as the recipe says. Return its options."""
     place, code, options = recipe
     path = folder / re.search(r"`(\w+\.py)`", place)[1]
     text = path.read_text()

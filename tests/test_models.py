@@ -466,7 +466,7 @@ LOSSES = {
 @pytest.mark.parametrize("chunk", [1, 2**25])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_by_hand(name: str, chunk: int, monkeypatch):
-    """Checks value and gradient, which is zero at ignored pixels, in chunks and at once."""
+    """Check value and gradient, which is zero at ignored pixels, in chunks and at once."""
     monkeypatch.setattr(models, "CHUNK", chunk)
     kind, options, reference = LOSSES[name]
     if name == "lovasz hinge":
@@ -693,7 +693,7 @@ def test_loss_is_normalized_over_all_processes(tmp_path: Path):
 
 
 def randomize(network: nn.Module) -> nn.Module:
-    """Sets values with which batch norm, layer scale and position biases matter."""
+    """Set values with which batch norm, layer scale and position biases matter."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)

@@ -29,7 +29,7 @@ PATHS = [
 
 
 def without_their_names(text: str) -> str:
-    """Leaves out the first column of the table of MMSegmentation's commands and keys."""
+    """Leave out the first column of the table of MMSegmentation's commands and keys."""
 
     def without_first_column(table: re.Match) -> str:
         return re.sub(r"^\| .*? \| ", "| ", table[0], flags=re.MULTILINE)
@@ -126,7 +126,7 @@ def test_commands_of_launch_slurm(line: str):
 
 
 def test_commands_are_found():
-    """Guards the tests above against an expression that matches nothing."""
+    """Guard the tests above against an expression that matches nothing."""
     text = "\n".join(commands(README))
     for part in ("torchrun", "launch_slurm.py", "--eval-only", "quickstart.json", "mine.json"):
         assert part in text
@@ -228,7 +228,7 @@ def write_layout(
     suffixes: tuple[str, str] = (".jpg", ".png"),
     values: tuple[int, ...] = (0, 1, 2),
 ) -> dict[str, list[Path]]:
-    """Writes 6, 2 and 2 samples, and lists of them. Returns the paths of each split's labels."""
+    """Write 6, 2 and 2 samples, and lists of them. Return the paths of each split's labels."""
     labels = {split: [] for split in splits}
     for i in range(10):
         split = splits[max(0, i // 2 - 2)]

@@ -157,7 +157,7 @@ class Cluster:
         ).stdout
 
     def start(self, name: str, *argv, node: int | None = None) -> subprocess.Popen:
-        """Starts a command on the head or on a node; its output goes to NAME.out."""
+        """Start a command on the head or on a node; its output goes to NAME.out."""
         with open(self.runs / f"{name}.out", "a") as output:
             return subprocess.Popen(
                 self.command(argv, node), stdin=subprocess.DEVNULL, stdout=output, stderr=output
@@ -253,7 +253,7 @@ class Runs:
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
     def wait(self, name: str) -> dict[str, str]:
-        """Waits until a job has ended. Returns what Slurm knows about it then."""
+        """Wait until a job has ended. Return what Slurm knows about it then."""
 
         def has_ended() -> bool:
             return self.job(name)["JobState"] in launch_slurm.FINAL_STATES
@@ -305,13 +305,13 @@ def submitted(name: str, *slurm, environment: dict | None = None, **options) -> 
 
 
 def followed(name: str, *slurm, environment: tuple = (), **options) -> None:
-    """Starts `launch_slurm.py --follow` on the head."""
+    """Start `launch_slurm.py --follow` on the head."""
     command = ("env", *environment, sys.executable, ROOT / "launch_slurm.py", "--follow")
     PROGRAMS[name] = ((*command, *flags(name, *slurm, **options)), None)
 
 
 def once(condition: Callable[[Runs], bool]) -> Callable:
-    """Runs the decorated function when `condition(runs)` is true."""
+    """Run the decorated function when `condition(runs)` is true."""
 
     def register(action: Callable[[Runs], object]) -> Callable:
         EVENTS.append((condition, action))
@@ -589,7 +589,7 @@ def test_local_shows_the_traceback_of_the_rank_that_fails_first(runs: Runs):
 
 
 def kill_local(runs: Runs, name: str) -> None:
-    """Runs the command to cancel a job that launch_slurm.py printed."""
+    """Run the command to cancel a job that launch_slurm.py printed."""
     output = (runs.folder / f"{name}.out").read_text()
     runs.cluster.call(*re.search(r"cancel  (kill \d+)", output)[1].split())
 
