@@ -121,8 +121,8 @@ def reraise_as_data_error(path: str) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise DataError(
             f"{path}: the image has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, "
-            "the limit against files that only claim to be large. If it is as large, set "
-            "data.large_images=true"
+            "the limit against files that only claim to be large. If it really is that large, "
+            "set data.large_images=true"
         ) from None
     except (
         OSError,
@@ -433,7 +433,7 @@ def read_with_tifffile(path: str, as_label: bool) -> tuple[np.ndarray, bool]:
         if as_label and page.compression not in LOSSLESS_TIFF:
             raise lossy_label(path, f"TIFF with the compression {page.compression.name}")
         if page.photometric not in (1, 2) or 1 in page.extrasamples:
-            raise ValueError(f"{page.photometric.name}, or alpha that is multiplied, is not read")
+            raise ValueError(f"{page.photometric.name}, or premultiplied alpha, is not read")
         if page.axes == "SYX":  # one channel after another
             bands[number] = np.moveaxis(bands[number], 0, -1)
         elif page.axes not in ("YX", "YXS"):

@@ -4287,12 +4287,12 @@ def check_pasted_section(name: str, section: dict) -> None:
     for key, value in section.items():
         place = f"model.{name}.{key}"
         if key not in PASTED[name]:
-            raise ConfigError(f"{place}: is {value!r}; there is nothing like it here, leave it out")
+            raise ConfigError(f"{place}: is {value!r}; it has no counterpart here, leave it out")
         allowed = PASTED[name][key]
         if allowed is not None and value not in allowed:
             raise ConfigError(
                 f"{place}: is {value!r}; it is always {allowed[0]!r} here. Leave the key out if "
-                "the experiment can do with it"
+                "that value will do"
             )
 
 

@@ -467,7 +467,7 @@ def check_network(config: Config, batch_size: int = 2) -> list[str]:
         notes.append(f"the network is not checked before it trains, as it needs values: {reason}")
         model = None
     if model is None:
-        # A bug in a user's module shows here as it is.
+        # An exception in a user's module shows here with its own traceback.
         model = models.build_model(config.model)
     else:
         notes += dry_run(model, config, batch_size)
@@ -949,11 +949,12 @@ def initialize(
         if path is None:
             notes.append("no checkpoint yet: starting afresh")
 
-    if path or args.load_from:
-        checkpoint = checkpoint or load_checkpoint(path or args.load_from)
+    source = path or args.load_from
+    if source:
+        checkpoint = checkpoint or load_checkpoint(source)
         difference = compare_classes(checkpoint, classes)
         if difference:
-            notes.append(f"{path or args.load_from}: {difference}")
+            notes.append(f"{source}: {difference}")
         if difference and args.eval_only:
             raise CheckpointError(f"{notes[-1]}. Evaluate it with a config that has its classes.")
     if path:
@@ -2036,7 +2037,7 @@ def predict_files(predict: Predictor, paths: list[str], show_dir: Path) -> None:
     failed = 0
     pixels = 0
     began = time.perf_counter()
-    # One autocast around the loop keeps the weights that it has cast.
+    # One autocast around all images keeps the weights that it has cast.
     with predict.autocast():
         for path, batch in tqdm(batches, "predict", len(mine), disable=is_quiet()):
             try:
@@ -2140,7 +2141,7 @@ def export(predict: Predictor, path: Path) -> list[str]:
     data = predict.data
     network = ExportedNetwork(predict.model, data.mean, data.std).float().eval()
     network = network.to(memory_format=torch.contiguous_format)
-    # Values beyond 255 cannot be of 8 bits.
+    # A larger mean or std belongs to images of more than 8 bits.
     is_8_bit = max(data.mean.max(), data.std.max()) <= 255
     dtype = torch.uint8 if is_8_bit else torch.float32
     program, batch_size = trace(network, data.in_channels, dtype)
@@ -2494,7 +2495,7 @@ def stop_on_non_finite(
     iteration = state.iteration
     replay = run_dir.path / f"not_finite_iter_{iteration}.pth"
     run_dir.save(checkpoint_content(state, config, data), [replay.name])
-    # The first rank to exit kills the others; wait until rank 0 has written.
+    # The launcher ends all ranks when the first one exits, so wait until rank 0 has written.
     dist_utils.barrier()
 
     weights = "The weights were not updated"
@@ -2580,6 +2581,7 @@ def is_due(state: TrainState, max_iters: int, interval: int) -> bool:
 
 
 def is_finished(state: TrainState, config: Config) -> bool:
+    """Return whether the run is at its last iteration, or out of evaluation.patience."""
     is_last = state.iteration >= config.schedule["max_iters"]
     patience = config.evaluation.patience
     is_early = patience is not None and state.validations_since_best >= patience
