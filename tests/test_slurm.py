@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -468,7 +469,7 @@ def cancel(runs: Runs) -> None:
     runs.cluster.call("scancel", runs.ids["cancelled"])
 
 
-def test_a_cancelled_job_saves_and_does_not_restart(runs: Runs):
+def test_a_cancelled_job_saves_and_does_not_restart(runs: Runs, monkeypatch):
     job = runs.wait("cancelled")
     wait_for(
         lambda: "stopped by a signal" in runs.log("cancelled"), 20, lambda: runs.log("cancelled")
@@ -477,6 +478,9 @@ def test_a_cancelled_job_saves_and_does_not_restart(runs: Runs):
     time.sleep(8)  # a requeued job would have started by then
     assert job["JobState"] == runs.job("cancelled")["JobState"] == "CANCELLED"
     assert job["Restarts"] == "0"
+    # --follow would not report success, although all tasks have exited with 0.
+    monkeypatch.setattr(launch_slurm, "job_info", lambda job_id: job)
+    assert launch_slurm.exit_status(SimpleNamespace(job_id="1"), is_local=False) >= 128
 
 
 submitted("stalled", *CPUS, nodes="node5", setup="export PAUSE=60")

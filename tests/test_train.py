@@ -387,6 +387,22 @@ def test_patience_ends_the_run_and_survives_a_resume(tiny, run):
     assert len({path.read_bytes() for path in paths}) == 1
 
 
+def test_waiting_for_data_names_the_workers_that_are_enough(tiny, tmp_path, capsys):
+    """Two workers that make a step of 1 s take 2 s have half of the speed that is needed."""
+    config = train.read_config(write_config(tiny, tmp_path), ["data.workers=2"])
+    data = train.Data(**config.data)
+    run_dir = train.RunDir(tmp_path, keep=1)
+    state = train.TrainState(nn.Module(), None, None)
+    run_dir.open(config, state, eval_only=True)
+    timer = train.StepTimer()
+    timer.steps = 3
+    timer.began -= 3 * 2
+    timer.data_wait = 3 * 1.0
+    train.report(state, 0.1, {"loss": 1.0}, timer, config, data, run_dir)
+    line = " ".join(capsys.readouterr().out.split())
+    assert "waiting for data 50 % of the time: set data.workers=4, or data.cache" in line
+
+
 def test_lines_of_the_log_are_short():
     losses = {f"decode_{i}.loss_{name}": 0.123 for i in range(3) for name in ("ce", "dice")}
     line = ", ".join(f"{name}: {value:.4f}" for name, value in losses.items())
@@ -470,6 +486,7 @@ def test_evaluation_leaves_the_run_as_it_is(finished):
     for preview in previews:
         os.utime(preview, (0, 0))
     assert train.main(["--eval-only", "--load-from", str(latest)]) == "done"
+    assert torch.backends.cudnn.benchmark  # off during the evaluation, on again for training
     assert {preview.stat().st_mtime for preview in previews} == {0}
     after = files_of(finished)
     assert after.keys() == before.keys()
@@ -962,17 +979,24 @@ def test_resume_is_exact_with_several_processes(tiny, run, world_size, settings)
 
 
 def test_signal_during_the_validation_that_a_resume_makes_up_for(tiny, run):
-    """A second preemption, during the validation that the first one interrupted, is honored too."""
-    tiny["data"]["val_length"] = 2000
+    """A second preemption, during the validation that the first one interrupted, is honored too.
+
+    It comes to one of two ranks. The new work_dir has a log, which the checkpoint knows nothing of.
+    """
+    tiny["data"]["val_length"] = 600
     run(tiny, "--no-validate")
     path = Path(tiny["work_dir"]) / "iter_3.pth"
     torch.save(torch.load(path, weights_only=True) | {"validated": False}, path)
     other = sibling(tiny, "other")
-    process = run(other, "--resume-from", path, started=True)
     log = Path(other["work_dir"]) / "train.log"
-    wait_for(lambda: log.exists() and "resumed from" in log.read_text(), process)
-    os.kill(process.processes[0].pid, signal.SIGTERM)
-    assert process.wait() == [143]
+    log.parent.mkdir()
+    earlier = "an earlier line\n" * 1000
+    log.write_text(earlier)
+    process = run(other, "--resume-from", path, world_size=2, started=True)
+    wait_for(lambda: "resumed from" in log.read_text(), process)
+    os.kill(process.processes[1].pid, signal.SIGTERM)
+    assert process.wait() == [143, 143]
+    assert log.read_text().startswith(earlier)
     assert metrics(other) == []
     # The new work_dir holds the state, so that --resume-from auto goes on from it.
     saved = checkpoint(other)
