@@ -13,10 +13,12 @@ PhotoMetricDistortion, Normalize, Pad), with two differences for speed: only the
 crop are scaled, and colors are distorted on the device, for the whole batch at once.
 """
 
+import collections
 import contextlib
 import dataclasses
 import difflib
 import fcntl
+import filecmp
 import functools
 import glob
 import hashlib
@@ -72,6 +74,14 @@ Batch = dict[str, Tensor]  # see Data.train_batches() and Data.val_batches()
 
 class DataError(UserError):
     """The data or its settings are wrong."""
+
+
+class DataWarning(UserWarning):
+    """The data or its settings are possible, but hardly meant. train.py logs it like a note."""
+
+
+def warn(text: str) -> None:
+    warnings.warn(text, DataWarning, stacklevel=3)
 
 
 # ------------------------------------------------------------------------------------ Reading files
@@ -131,6 +141,7 @@ def reraise_as_data_error(path: str) -> Iterator[None]:
         RuntimeError,
         ValueError,
         SyntaxError,
+        zlib.error,
     ) as error:
         raise DataError(
             f"{path}: cannot be decoded ({error}). The file is truncated, damaged, too large or of "
@@ -305,6 +316,12 @@ def check_png(content: np.ndarray) -> None:
 
     Pillow does not notice all damage, and torchvision's decoder crashes on some.
     """
+    for _ in png_chunks(content):
+        pass
+
+
+def png_chunks(content: np.ndarray) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Yield type and data of each chunk; raises as check_png()."""
     start = 8  # of a chunk: length, type, data, checksum
     kind = b""
     while kind != b"IEND":
@@ -316,7 +333,31 @@ def check_png(content: np.ndarray) -> None:
             raise ValueError("it is truncated")
         if zlib.crc32(content[start + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
             raise ValueError("a checksum is wrong")
+        yield kind, content[start + 8 : end]
         start = end + 4
+
+
+def check_pixels_of_png(path: str) -> None:
+    """Raise DataError for a PNG whose pixels are damaged although its checksums are right.
+
+    torchvision's decoder crashes on it. To check every file would double the time of decoding.
+    """
+    with reraise_as_data_error(path):
+        content = np.fromfile(path, np.uint8)
+        if content[:8].tobytes() != b"\x89PNG\r\n\x1a\n":
+            return
+        chunks = list(png_chunks(content))
+        width, height, bits, color, *_, interlace = struct.unpack_from(">IIBBBBB", chunks[0][1])
+        channels = {2: 3, 4: 2, 6: 4}.get(color, 1)
+        row = 1 + (width * channels * bits + 7) // 8  # bytes: its filter, 0 to 4, and its pixels
+        if row * height > 2**29:  # too much memory to decompress it at once
+            return
+        decompressor = zlib.decompressobj()
+        stream = b"".join(data for kind, data in chunks if kind == b"IDAT")
+        pixels = decompressor.decompress(stream, 2 * row * height + 64)
+        fits = interlace or len(pixels) >= row * height and max(pixels[: row * height : row]) <= 4
+        if not decompressor.eof or not fits:
+            raise ValueError("its pixels do not fit its header")
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -345,13 +386,16 @@ def has_late_exif(file) -> bool:
 
 def turn_upright(array: np.ndarray, orientation: int) -> np.ndarray:
     """Undo EXIF's orientation of (H, W) or (H, W, C)."""
+    if orientation == 1:
+        return np.ascontiguousarray(array)
     if orientation >= 5:
         array = array.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         array = array[::-1]
     if orientation in (2, 3, 6, 7):
         array = array[:, ::-1]
-    return np.ascontiguousarray(array)
+    # A copy, as torch takes no negative stride, which np.ascontiguousarray() keeps of a single row.
+    return array.copy(order="C")
 
 
 def is_tiff(path: str) -> bool:
@@ -484,7 +528,8 @@ def with_channels(
         )
     if image.dtype in (np.uint8, np.uint16):
         return image
-    return image.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # infinite values are reported by name
+        return image.astype(np.float32, copy=False)
 
 
 def image_size(path: str) -> Size:
@@ -800,7 +845,7 @@ class Folder:
             )
         if hint and not files:
             suffixes = image_suffix or ", ".join(sorted(SUFFIXES))
-            warnings.warn(f"{hint}They are not used. Images end in {suffixes}", stacklevel=2)
+            warn(f"{hint}They are not used. Images end in {suffixes}")
         pairs += [(image_of[name], label_of[name]) for name in names]
         for image, label in pairs:
             if os.path.normpath(image) == os.path.normpath(label):
@@ -1838,6 +1883,18 @@ def build_dataset(kind: str, split: str, in_channels: int, keywords: dict):
     return dataset
 
 
+def check_files(dataset, i: int) -> None:
+    """Raise DataError if a file of a sample would crash the process that decodes it."""
+    if isinstance(dataset, Concat):
+        part, i = dataset.locate(i)
+        dataset = dataset.parts[part]
+    if isinstance(dataset, CachedDataset):
+        dataset = dataset.dataset
+    if isinstance(dataset, Folder):
+        for path in dataset.paths(i):
+            check_pixels_of_png(path)
+
+
 def folders_of(dataset) -> list[Folder]:
     """Return the Folders that a data set without a cache consists of."""
     parts = dataset.parts if isinstance(dataset, Concat) else [dataset]
@@ -1849,12 +1906,18 @@ def drop_repeats(dataset) -> None:
     for part in folders_of(dataset):
         pairs = list(dict.fromkeys(map(tuple, part.pairs.tolist())))
         if len(pairs) < len(part):
-            warnings.warn(
+            warn(
                 f"{len(part) - len(pairs)} lines of the list of validation samples are repeated; "
-                f"each of the {len(pairs)} samples counts once",
-                stacklevel=2,
+                f"each of the {len(pairs)} samples counts once"
             )
             part.pairs = np.array(pairs)
+    images = [path for part in folders_of(dataset) for path in image_files(part)]
+    repeated = [path for path, n in collections.Counter(images).items() if n > 1]
+    if repeated:
+        raise DataError(
+            f"{repeated[0]} would be scored twice: it is in two of data.datasets, or listed with "
+            'two labels. Leave a section out of the evaluation by "splits": {"val": null}'
+        )
 
 
 # -------------------------------------------------------------------------------------------- Cache
@@ -1950,10 +2013,9 @@ class CachedDataset:
             os.replace(temporary, path)
         except OSError as error:
             if not self.full:
-                warnings.warn(
+                warn(
                     f"data.cache: cannot write to {self.folder} ({error}). Training continues "
-                    "without caching further samples",
-                    stacklevel=2,
+                    "without caching further samples"
                 )
             self.full[0] = 1
             if temporary and os.path.exists(temporary):
@@ -1977,6 +2039,12 @@ def cached(dataset, folder: str):
 # ------------------------------------------------------------------ Statistics and rare classes
 
 
+NOT_FINITE = (
+    "{}: the image holds values that are NaN or infinite, perhaps where the sensor has no data. "
+    "Replace them, and ignore those pixels in the label"
+)
+
+
 @dataclasses.dataclass(eq=False)
 class SampleStatistics(Dataset):
     """Maps an index to the statistics of its sample.
@@ -1993,6 +2061,7 @@ class SampleStatistics(Dataset):
         try:
             if not self.of_images:
                 return label_histogram(load_label(self.dataset, i)).tolist(), [], ""
+            check_files(self.dataset, i)
             image, label = self.dataset.load(i)
         except DataError as error:
             return [0] * 256, [], str(error)
@@ -2004,7 +2073,7 @@ class SampleStatistics(Dataset):
         sums = sums.tolist()
         problem = ""
         if not np.isfinite(sums).all():
-            problem = f"{self.dataset.name(i)}: the image holds values that are NaN or infinite"
+            problem = NOT_FINITE.format(self.dataset.name(i))
         return histogram, sums, problem
 
 
@@ -2053,10 +2122,9 @@ def write_counts(path: Path, counts: np.ndarray) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        warnings.warn(
+        warn(
             f"{path}: cannot be written ({error}), so every run counts the classes again. Set "
-            "data.cache to a writable folder",
-            stacklevel=2,
+            "data.cache to a writable folder"
         )
         temporary.unlink(missing_ok=True)
 
@@ -2419,7 +2487,7 @@ class TrainSamples(Dataset):
         classes = crop.classes
         if rng.random() < self.flip:
             pixels = pixels.flip(-1)
-            classes = np.ascontiguousarray(classes[:, ::-1])
+            classes = classes[:, ::-1].copy()  # see turn_upright()
         color = self.draw_color(rng)
         if self.transforms:
             with seeded(int(rng.integers(2**63))):
@@ -2635,6 +2703,11 @@ def worker_failure(error: Exception) -> DataError | None:
     if not from_torch and not isinstance(error, (ConnectionError, EOFError)):
         return None
     reason = text.splitlines()[-1] if text else type(error).__name__
+    if "Segmentation fault" in reason:
+        return DataError(
+            f"a data worker has crashed: {reason} A damaged file may be the cause: --check-data "
+            "names it. `pip install pywuffs` brings a decoder that reports such PNG files"
+        )
     return DataError(
         f"a data worker has died or hangs: {reason} If memory ran out (see dmesg), lower "
         "data.workers or data.batch_size; if shared memory did, enlarge /dev/shm; or set "
@@ -2798,10 +2871,12 @@ class Data:
         """Raise DataError for settings that are wrong whatever the files hold."""
         if self.type not in DATASETS:
             raise DataError(f"data.type: {self.type} is none of {', '.join(DATASETS)}")
-        if not len(self.mean) == len(self.std) == self.in_channels or not (self.std > 0).all():
+        is_finite = self.mean.isfinite().all() and self.std.isfinite().all()
+        is_long_enough = len(self.mean) == len(self.std) == self.in_channels
+        if not is_long_enough or not is_finite or not (self.std > 0).all():
             raise DataError(
-                f"data: mean and std need in_channels ({self.in_channels}) values each, and those "
-                "of std must be above 0. --check-data prints those of the training images"
+                f"data: mean and std need in_channels ({self.in_channels}) finite values each, and "
+                "those of std must be above 0. --check-data prints those of the training images"
             )
         smallest = {
             "crop_size": min(self.sampling["crop_size"]),
@@ -2815,6 +2890,12 @@ class Data:
         low, high = self.sampling["ratio_range"]
         if self.rare_classes is not None and not self.rare_classes > 0:
             raise DataError(f"data.rare_classes: {self.rare_classes} must be above 0, or null")
+        if not 0 <= self.sampling["flip"] <= 1 or not self.sampling["cat_max_ratio"] > 0:
+            raise DataError(
+                f"data: flip ({self.sampling['flip']}) is a probability from 0 to 1, and "
+                f"cat_max_ratio ({self.sampling['cat_max_ratio']}) must be above 0; 1 or more "
+                "accepts every crop"
+            )
         if self.workers < 0 or not 0 < low <= high < math.inf:
             raise DataError(
                 f"data: workers ({self.workers}) must be 0 or more, and ratio_range must be "
@@ -2829,6 +2910,9 @@ class Data:
 
     def build_dataset(self, split: str, is_scored: bool):
         dataset = build_dataset(self.type, split, self.in_channels, self.dataset_keywords)
+        repeated = [name for name, n in collections.Counter(dataset.classes).items() if n > 1]
+        if repeated:
+            raise DataError(f"data.classes: {repeated[0]!r} names two classes")
         if len(dataset.classes) < 2:
             raise DataError(
                 f"data.classes: {dataset.classes} is a single class, but the background is a class "
@@ -2865,9 +2949,8 @@ class Data:
             counts = class_counts(self.train, self.cache, self.workers)
             missing = [name for name, count in zip(self.classes, counts.sum(0)) if not count]
             if missing:
-                warnings.warn(
-                    f"no training label shows the class {', '.join(missing)}, so it is not learned",
-                    stacklevel=3,
+                warn(
+                    f"no training label shows the class {', '.join(missing)}, so it is not learned"
                 )
             rare = RareClassSampler(counts, self.rare_classes, self.sampling["crop_size"])
         return TrainSamples(self.train, rare_classes=rare, **self.sampling)
@@ -2946,6 +3029,7 @@ class Data:
         too many of them.
         """
         samples = UnlabeledSamples(paths, self.in_channels, scale)
+        is_checked = False
         groups = {False: [], True: []}
         for index in range(len(paths)):
             groups[samples.pixels(index) > max_pixels].append(index)
@@ -2954,6 +3038,11 @@ class Data:
             pin_memory = torch.cuda.is_available() and not is_large
             batches = Batches(samples, indices, workers, pin_memory, keep_errors=True)
             for index, batch in zip(indices, batches):
+                if not is_checked and not isinstance(batch, DataError):
+                    self.check_normalization(
+                        moments_of(batch["image"][0].permute(1, 2, 0).numpy()), 1
+                    )
+                    is_checked = True
                 yield paths[index], batch
 
     def val_samples(self, indices: list[int], scale: tuple[int, int] | None = None) -> Batches:
@@ -3023,7 +3112,7 @@ class Data:
             return
         train_images = image_files(self.train)
         val_images = image_files(self.val)
-        common = common_files(train_images, val_images)
+        common, copies = common_files(train_images, val_images)
         if self.train_split == self.val_split:  # perhaps of a data set that names no files
             common = [self.val.name(i) for i in range(len(self.val))]
         if common:
@@ -3032,6 +3121,12 @@ class Data:
                 f"as {common[0]}, so their score does not show how the network does on other "
                 "images. Correct data.val_split, data.images or data.files, or set data.fold. If "
                 "it is on purpose, set data.allow_overlap=true"
+            )
+        if copies:
+            warn(
+                f"{len(copies)} of {len(self.val)} validation images are copies of training "
+                f"images, such as {copies[0]}, so their score does not show how the network does "
+                "on other images"
             )
 
     def check_split(
@@ -3047,16 +3142,18 @@ class Data:
         moments = []
         indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
         for i in indices.astype(int).tolist():
+            check_files(dataset, i)
             image, label = dataset.load(i)
             if image.shape[-1] != self.in_channels:
                 raise DataError(
                     f"{dataset.name(i)}: the image has {image.shape[-1]} channels, but "
                     f"data.in_channels is {self.in_channels}"
                 )
+            if not np.isfinite(image).all():
+                raise DataError(NOT_FINITE.format(dataset.name(i)))
             shapes.append(label.shape)
             counts.append(label_histogram(label))
-            few = image[::4, ::4].astype(float)
-            moments.append([few.mean((0, 1)), np.square(few).mean((0, 1))])
+            moments.append(moments_of(image))
         if is_first:
             self.check_normalization(np.mean(moments, axis=0), len(shapes))
         return shapes, np.array(counts)
@@ -3073,11 +3170,10 @@ class Data:
         spread = np.max(std / set_std)
         is_scaled = (set_std != 1).any()  # otherwise the values are used as they are, on purpose
         if is_scaled and (distance > 10 or spread > 10 or 0 < spread < 0.02):
-            warnings.warn(
+            warn(
                 f"data.mean and data.std ({as_keys(set_mean, set_std)}) do not fit the values of "
-                f"the images. Those of {count} images are {as_keys(mean, std)}; --check-data "
-                "prints those of all",
-                stacklevel=4,
+                f"the images. Measured on {count} of them: {as_keys(mean, std)}; --check-data "
+                "prints those of all training images"
             )
 
     def check_crop_size(self, shapes: list[Size]) -> None:
@@ -3112,10 +3208,13 @@ def image_files(dataset) -> list[str]:
     return []
 
 
-def common_files(first: list[str], second: list[str], most: int = 1000) -> list[str]:
-    """Return those files of `second` that are in `first` as well, links to folders followed.
+def common_files(
+    first: list[str], second: list[str], most: int = 1000
+) -> tuple[list[str], list[str]]:
+    """Return those files of `second` that are in `first` as well, and those that are copies.
 
-    Links to files are followed for files of the same name, up to `most` of them.
+    Links to folders are followed. Files of the same name, up to `most` of them, are compared: they
+    may be links to one file, or copies, which are read up to where they differ.
     """
     real_folder = functools.cache(os.path.realpath)
     found = {}  # name -> the real paths of the files of `first` that have it
@@ -3123,6 +3222,7 @@ def common_files(first: list[str], second: list[str], most: int = 1000) -> list[
         folder, name = os.path.split(path)
         found.setdefault(name, set()).add(real_folder(folder))
     common = []
+    copies = []
     namesakes = []
     for path in second:
         folder, name = os.path.split(path)
@@ -3135,7 +3235,9 @@ def common_files(first: list[str], second: list[str], most: int = 1000) -> list[
         others = [os.path.join(folder, name) for folder in itertools.islice(found[name], 10)]
         if any(os.path.samefile(path, other) for other in others):
             common.append(path)
-    return common
+        elif any(filecmp.cmp(path, other, shallow=False) for other in others):
+            copies.append(path)
+    return common, copies
 
 
 MIXED_HINT = (
@@ -3163,7 +3265,7 @@ def check_classes(dataset, counts: np.ndarray, is_trained: bool, is_alone: bool 
     is_alone: there are no training labels that have shown that masks are read rightly.
     """
     if looks_mixed(counts, dataset):
-        warnings.warn(MIXED_HINT, stacklevel=3)
+        warn(MIXED_HINT)
     seen = counts.any(0)
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
     if not is_trained:
@@ -3177,7 +3279,7 @@ def check_classes(dataset, counts: np.ndarray, is_trained: bool, is_alone: bool 
     if problem and (is_trained or is_mask):
         raise DataError(problem)
     if problem:
-        warnings.warn(problem, stacklevel=3)
+        warn(problem)
 
 
 def single_class_problem(dataset, seen: np.ndarray) -> str:
@@ -3250,6 +3352,12 @@ def preflight(dataset, processes: int, kept_counts: Path | None = None) -> list[
     if empty:
         print(f"{len(empty)} labels in which every pixel is ignored, such as that of {empty[0]}")
     return problems
+
+
+def moments_of(image: np.ndarray) -> list[np.ndarray]:
+    """Return the mean value and the mean square (C,) of each channel of (H, W, C), roughly."""
+    few = image[::4, ::4].astype(float)
+    return [few.mean((0, 1)), np.square(few).mean((0, 1))]
 
 
 def mean_and_std(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -394,7 +394,15 @@ class Loss(nn.Module):
         super().__init__()
         self.loss_weight = loss_weight
         self.loss_name = loss_name or self.NAME
+        if not 0 <= loss_weight < math.inf:
+            raise UserError(f"loss_weight is {loss_weight}; it must be 0 or more")
         if class_weight is not None:
+            if not class_weight or not all(0 <= factor < math.inf for factor in class_weight):
+                raise UserError(f"class_weight is {class_weight}; its factors must be 0 or more")
+            if not any(class_weight):
+                raise UserError(
+                    f"class_weight is {class_weight}; with it no class would be learned"
+                )
             class_weight = torch.tensor(class_weight, dtype=torch.float64)
         self.register_buffer("class_weight", class_weight, persistent=False)
 
@@ -575,6 +583,9 @@ class FocalLoss(Loss):
 
     def __init__(self, *, gamma: float = 2.0, alpha: float | list[float] = 0.5, **kwargs):
         super().__init__(**kwargs)
+        alphas = alpha if isinstance(alpha, list) else [alpha]
+        if not all(0 <= value <= 1 for value in alphas) or gamma < 0:
+            raise UserError(f"alpha is {alpha}, from 0 to 1; gamma is {gamma}, 0 or more")
         self.gamma = gamma
         alpha = torch.tensor(alpha, dtype=torch.float64).view(-1, 1, 1)
         self.register_buffer("alpha", alpha, persistent=False)
@@ -690,6 +701,7 @@ class OhemCrossEntropy(Loss):
 
     def __init__(self, *, thres: float = 0.7, min_kept: int = 100000, **kwargs):
         super().__init__(**kwargs)
+        OHEMPixelSampler(thresh=thres, min_kept=min_kept)  # checks them
         self.thres = thres
         self.min_kept = min_kept
 
@@ -749,6 +761,8 @@ class OHEMPixelSampler:
     def __init__(self, *, thresh: float | None = None, min_kept: int = 100000):
         if min_kept < 1:
             raise UserError(f"min_kept is {min_kept}; it must be 1 or more")
+        if thresh is not None and not 0 < thresh <= 1:
+            raise UserError(f"thresh is {thresh}; a probability is above 0 and at most 1")
         self.thresh = thresh
         self.min_kept = min_kept
 
@@ -4540,7 +4554,13 @@ def load_weights(model: Segmentor, state: dict, complete: bool = False) -> str:
     Returns a report that names all other tensors. Raises ConfigError if none matches, or not all
     that are required.
     """
+    keys = list(state)
     state = plain_state(state)
+    if not state:
+        raise ConfigError(
+            f"the file holds no tensors by name, but {', '.join(map(str, keys[:8]))}: save the "
+            'network\'s state_dict() in it, alone or as "state_dict"'
+        )
     if any(key.startswith("classifier.") for key in state):
         state = rename(
             state,
@@ -4597,6 +4617,11 @@ def load_matching(module: nn.Module, state: dict[str, Tensor]) -> str:
             f"none of the {len(state)} tensors fits this network: it has "
             f"{', '.join(list(own)[:3])}, ..., the file {', '.join(list(state)[:3]) or 'none'}, ..."
         )
+    for key in loaded:
+        if not matching[key].isfinite().all():
+            raise ConfigError(
+                f"the file's {key} holds values that are not finite: take another one"
+            )
     module.load_state_dict(matching, strict=False)
     report = f"loaded {len(loaded)} of {len(counted)} tensors"
     others = {

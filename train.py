@@ -29,6 +29,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ from data import (
     ConcatSection,
     Data,
     DataError,
+    DataWarning,
     as_array,
     check_encoding,
     check_every_sample,
@@ -365,6 +367,9 @@ def check_config(config: Config) -> None:
         known.pop(name)
     check_parameters("learning_rate", known, config.schedule, "schedule")
     learning_rate(0, 1.0, **config.schedule)
+    lr = config.optimizer["lr"]
+    min_lr = config.schedule.get("min_lr", 0.0)
+    require(not fits(lr, float) or min_lr <= lr, "schedule.min_lr", min_lr, "at most optimizer.lr")
     if config.schedule.get("warmup"):
         is_given = "warmup_iters" in config.schedule
         require(is_given, "schedule.warmup_iters", None, "the number of iterations of the warm-up")
@@ -677,14 +682,15 @@ def parse_paramwise(paramwise: dict) -> tuple[dict[str, dict], dict[str, float],
         raise ConfigError(f"optimizer.paramwise.custom_keys is {custom_keys!r}; expected a section")
     rules |= custom_keys
     for key, value in general.items():
-        require(fits(value, float), f"optimizer.paramwise.{key}", value, "a number")
+        is_valid = fits(value, float) and value >= 0
+        require(is_valid, f"optimizer.paramwise.{key}", value, "a number, 0 or more")
     for part, rule in rules.items():
         is_rule = (
             isinstance(rule, dict)
             and rule.keys() <= {"lr_mult", "decay_mult"}
-            and all(fits(value, float) for value in rule.values())
+            and all(fits(value, float) and value >= 0 for value in rule.values())
         )
-        expected = f'{{"lr_mult": x, "decay_mult": y}}, or one of {", ".join(general)}'
+        expected = f'{{"lr_mult": x, "decay_mult": y}}, 0 or more, or one of {", ".join(general)}'
         require(is_rule, f"optimizer.paramwise.{part}", rule, expected)
     return rules, general, layer_decay
 
@@ -717,6 +723,10 @@ def learning_rate(
     require(warmup in (None, "linear"), "schedule.warmup", warmup, 'null or "linear"')
     require(max_iters >= 1, "schedule.max_iters", max_iters, "at least 1")
     require(warmup_iters >= 0, "schedule.warmup_iters", warmup_iters, "0 or more")
+    require(0 <= warmup_ratio <= 1, "schedule.warmup_ratio", warmup_ratio, "from 0 to 1")
+    require(power >= 0, "schedule.power", power, "0 or more")
+    require(gamma > 0, "schedule.gamma", gamma, "above 0")
+    require(0 <= min_lr, "schedule.min_lr", min_lr, "0 or more")
     is_valid = (milestones is not None) == (policy == "step")
     expected = 'a list of iterations with policy "step", null with the others'
     require(is_valid, "schedule.milestones", milestones, expected)
@@ -917,6 +927,10 @@ class TrainState:
         self.log_sizes = checkpoint.get("logs", {})
 
 
+# The keys that decide what a network computes from an image, and what its classes are compared to.
+INPUT_KEYS = ("model.", "data.mean", "data.std", "data.values", "data.reduce_zero_label")
+
+
 def initialize(
     state: TrainState, args: argparse.Namespace, config: Config, classes: list[str]
 ) -> list[str]:
@@ -955,11 +969,13 @@ def initialize(
         return notes + resume(state, path, checkpoint, config)
     if args.load_from:
         report = models.load_weights(state.model, checkpoint, complete=args.eval_only)
+        notes.append(f"weights from {args.load_from}: {report}")
         if args.eval_only:
             state.iteration = checkpoint.get("iteration", 0)
+            notes += changes_since(checkpoint, config, INPUT_KEYS)
         if state.ema is not None:
             state.ema.load_state_dict(state.model.state_dict())
-        return [*notes, f"weights from {args.load_from}: {report}"]
+        return notes
     if args.eval_only:
         raise ConfigError(
             "--eval-only has no weights to evaluate: name them by --load-from or --resume-from"
@@ -1024,11 +1040,19 @@ def resume(state: TrainState, path: str | Path, checkpoint: dict, config: Config
     state.resumed_from = path
     if Path(path).resolve().parent != Path(config.work_dir).resolve():
         state.log_sizes = {}  # of the logs in another work_dir
-    notes = [f"resumed from {path} at iteration {state.iteration}"]
+    return [
+        f"resumed from {path} at iteration {state.iteration}",
+        *changes_since(checkpoint, config),
+    ]
+
+
+def changes_since(checkpoint: dict, config: Config, keys: tuple[str, ...] = ("",)) -> list[str]:
+    """Say what differs from the config in a checkpoint of train.py; only keys that begin so."""
+    if not checkpoint.keys() >= {"config", "versions"}:
+        return []
     new_config = asdict(config)
-    for line in differences(complete(new_config | old_config), complete(new_config)):
-        notes.append(f"changed since then: {line}")
-    return notes
+    changed = differences(complete(new_config | checkpoint["config"]), complete(new_config))
+    return [f"changed since then: {line}" for line in changed if line.startswith(keys)]
 
 
 # ------------------------------------------------------------------------------------------- RunDir
@@ -2878,16 +2902,25 @@ def wrap(model: Segmentor, config: Config) -> nn.Module:
     return net
 
 
-def load_data(args: argparse.Namespace, config: Config, device: torch.device) -> Data:
-    """Return the data sets, checked before anything is written."""
+def load_data(
+    args: argparse.Namespace, config: Config, device: torch.device
+) -> tuple[Data, list[str]]:
+    """Return the data sets, checked before anything is written, and warnings for the log."""
     data = Data(**config.data, seed=config.seed).to(device)
     takes_one_image = data.batch_size == data.accumulate and dist_utils.world_size() == 1
     if takes_one_image and not args.eval_only:  # several processes would share their statistics
         check_network(config, batch_size=1)
-    data.check(train=not args.eval_only, val=args.eval_only or not args.no_validate)
+    with warnings.catch_warnings(record=True) as caught:
+        data.check(train=not args.eval_only, val=args.eval_only or not args.no_validate)
+    notes = []
+    for found in caught:
+        if found.category is DataWarning:
+            notes.append(f"warning: {found.message}")
+        else:  # of a package or of the user's code
+            warnings.showwarning(found.message, found.category, found.filename, found.lineno)
     if args.show_dir:
         make_folder(args.show_dir)
-    return data
+    return data, notes
 
 
 def make_folder(path: str) -> Path:
@@ -2911,11 +2944,11 @@ def run(  # noqa: PLR0915
 
     # Data, network, optimizer.
     precision, autocast = choose_arithmetic(config, device)
-    data = load_data(args, config, device)
+    data, warned = load_data(args, config, device)
     state = build_state(config, data, device, precision)
 
     # Where to start.
-    notes = [*notes, *initialize(state, args, config, data.classes)]
+    notes = [*notes, *warned, *initialize(state, args, config, data.classes)]
     start = state.iteration
     net = wrap(state.model, config)
     batches = None
@@ -2956,7 +2989,12 @@ def run(  # noqa: PLR0915
             torch.manual_seed(step_seed(config.seed, state.iteration, rank))
 
             with timer.waiting_for_data():
-                micro_batches = list(itertools.islice(batches, data.accumulate))
+                try:
+                    micro_batches = list(itertools.islice(batches, data.accumulate))
+                except DataError:  # one damaged file is not to cost what was trained since the save
+                    if state.iteration > start:
+                        save_as([f"iter_{state.iteration}.pth", "latest.pth"])
+                    raise
             # A stop signal travels with the losses: all ranks leave after the same iteration.
             losses, stopping = forward_backward(
                 state, net, micro_batches, data, autocast, stop.received > 0, config.timeout
@@ -3095,7 +3133,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def command_with_config(args: argparse.Namespace) -> str:
-    """The command to suggest to a user who has named a run, but no config."""
+    """Return the command to suggest to a user who has named a run, but no config."""
     folder = args.work_dir or os.path.dirname(args.resume_from or "")
     config = os.path.join(folder, "config.json")
     best = os.path.join(folder, "best.pth")
@@ -3108,7 +3146,7 @@ def command_with_config(args: argparse.Namespace) -> str:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises ConfigError for flags of which one would be ignored because of another."""
+    """Raise ConfigError for flags of which one would be ignored because of another."""
     for first, others in {
         "predict": ("resume_from", "no_validate"),
         "export": ("resume_from", "no_validate"),
@@ -3121,10 +3159,21 @@ def check_flags(args: argparse.Namespace) -> None:
                 raise ConfigError(f"{flags[0]} has no use for {flags[1]}: leave out one of them")
 
 
+format_of_python = warnings.formatwarning
+
+
+def format_warning(message: Warning, category: type, *place, **options) -> str:
+    """Return a warning as it is printed; those about data without a place in the code."""
+    if category is DataWarning:
+        return f"warning: {message}\n"
+    return format_of_python(message, category, *place, **options)
+
+
 def main(argv: Sequence[str] | None = None) -> str:
     """Run train.py with these arguments. Return "done", or "stopped" after a signal."""
     args = parse_args(argv)
     check_flags(args)
+    warnings.formatwarning = format_warning
     options = list(args.options)
     if args.work_dir:
         options.append(f"work_dir={json.dumps(args.work_dir)}")

@@ -676,6 +676,30 @@ def test_validation_images_are_no_training_images(folder, tmp_path, linked):
     assert expected in error_of(Data(datasets=[section], **concat).check)
 
 
+def test_copies_of_training_images_in_validation(folder):
+    """A warning, as they may be placeholders."""
+    for kind in ("images", "labels"):
+        name = Path(folder["root"], kind, "train/sub0/02.png")
+        shutil.copy(name, name.parents[2] / "val/sub0/02.png")
+    with pytest.warns(UserWarning, match="1 of 5 validation images are copies of .*val/sub0/02"):
+        Data(**folder).check()
+
+
+@pytest.mark.parametrize("shape", [(40, 1), (1, 40)])
+def test_images_of_one_row_or_column(folder, shape):
+    """Mirroring an axis of length 1 leaves a stride that torch does not take."""
+    pixels = np.arange(40, dtype=np.uint8).reshape(shape)
+    exif = Image.Exif()
+    exif[0x112] = 3  # turned by 180 degrees
+    for kind in ("images", "labels"):
+        for path in Path(folder["root"], kind, "train").glob("*/*.png"):
+            Image.fromarray(pixels % 2).save(path, exif=exif)
+    batch = Data(**folder | {"flip": 1.0, "ratio_range": [1, 1], "scale": None}).samples[range(2)]
+    assert not isinstance(batch, DataError), batch
+    height, width = shape
+    assert batch["label"][0, :height, :width].sum() == 20
+
+
 def test_normalization_that_does_not_fit(folder):
     """A warning by values, once, with the mean and std to set."""
     gray = folder | {"in_channels": 1}
@@ -699,7 +723,7 @@ def test_normalization_that_does_not_fit(folder):
         path.rename(path.with_suffix(".image"))
     gray |= {"mean": [123.675], "std": [58.395]}
     (message,) = warnings_of(gray)
-    found = re.search(r'Those of 6 images are ("mean": .*\]);', message)[1]
+    found = re.search(r'Measured on 6 of them: ("mean": .*\]);', message)[1]
     right = json.loads("{" + found + "}")
     assert 0.2 < right["mean"][0] < 0.8
     assert warnings_of(gray | right) == []
@@ -834,6 +858,9 @@ def test_image_whose_size_cannot_be_read(folder):
         ({"ratio_range": [2, 1]}, "ratio_range"),
         ({"ratio_range": [1.0, math.inf]}, "ratio_range"),
         ({"std": [1, 1, 0]}, "std"),
+        ({"mean": [math.nan, 1.0, 1.0]}, "finite"),
+        ({"flip": 2.0}, "flip"),
+        ({"cat_max_ratio": 0.0}, "cat_max_ratio"),
         ({"std": [math.nan, 1.0, 1.0]}, "std"),
         ({"in_channels": 4}, "mean"),
         ({"type": "citiscapes"}, "none of"),
@@ -852,6 +879,7 @@ def test_invalid_setting(folder, section, part):
         ({"palette": [[0, 0, 300]] * 4}, "data.palette"),
         ({"ignore_index": -1}, "0..255"),
         ({"values": [0, 1, 1, 2]}, "twice"),
+        ({"classes": ["a", "b", "c", "b"]}, "'b' names two classes"),
     ],
 )
 def test_invalid_setting_of_a_folder(folder, section, part):
@@ -966,7 +994,9 @@ def test_repeated_lines_are_repeated_samples(folder, tmp_path):
         assert len(listed.val) == 3
     concat = {"type": "concat", "val_split": "train", "crop_size": [8, 8], "batch_size": 1}
     keys = ("type", "root", "classes", "files")
-    concat["datasets"] = [{key: folder[key] for key in keys}] * 2
+    section = {key: folder[key] for key in keys}
+    copy = shutil.copytree(folder["root"], tmp_path / "copy")
+    concat["datasets"] = [section, section | {"root": str(copy)}]
     both = Data(**concat)
     assert len(both.train) == 12
     with pytest.warns(UserWarning, match="are repeated"):
@@ -1840,6 +1870,16 @@ def test_sections_of_concat_may_leave_out_splits(concat):
     assert "none of them" in error_of(lambda: Data(**concat).train)
 
 
+def test_concat_of_the_same_images(concat):
+    """They may come twice in training, but none counts twice in evaluation."""
+    concat["datasets"][1] = concat["datasets"][0]
+    dataset = Data(**concat)
+    assert len(dataset.train) == 6
+    assert "val/000.png would be scored twice" in error_of(lambda: dataset.val)
+    concat["datasets"][1] = concat["datasets"][0] | {"splits": {"val": None}}
+    assert len(Data(**concat).val) == 2
+
+
 def test_concat_without_a_class(concat):
     """The first data set, which names the classes, is left out of training."""
     first, second = concat["datasets"]
@@ -2079,6 +2119,8 @@ def test_image_with_nan_is_named(tmp_path, capsys):
             path.unlink()
     dataset = Data(**section, batch_size=1, crop_size=[8, 8], workers=0)
     problems = data.preflight(dataset.train, 1)
+    with pytest.raises(DataError, match="000.npy: the image holds values that are NaN"):
+        dataset.check_split(dataset.train, 8)
     assert len(problems) == 2
     assert "images/train/000.npy: the image holds values that are NaN" in problems[0]
     assert '"mean"' not in capsys.readouterr().out

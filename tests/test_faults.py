@@ -49,7 +49,7 @@ from conftest import (
 from PIL import Image
 
 import train
-from data import DataError
+from data import TRANSFORMS, DataError
 from models import ConfigError
 
 KILLS = int(os.environ.get("KILLS", 6))
@@ -116,6 +116,23 @@ def test_misspelled_key_anywhere(tiny, tmp_path):
         ("model.backbone.depth.x=1", ["model.backbone.depth.x=1"]),
         ("model.backbone.with_cp=1", ["model.backbone.with_cp", "bool"]),
         ("model.decode_head.in_channels=63", ["63", "64"]),
+        (
+            'model.decode_head.loss_decode={"class_weight": [0, 0, 0, 0, 0, 0, 0, 0]}',
+            ["model.decode_head.loss_decode", "no class would be learned"],
+        ),
+        (
+            'model.decode_head.loss_decode={"class_weight": [-1, 1, 1, 1, 1, 1, 1, 1]}',
+            ["class_weight", "0 or more"],
+        ),
+        ('model.decode_head.loss_decode={"loss_weight": -1.0}', ["loss_weight", "0 or more"]),
+        (
+            'model.decode_head.loss_decode={"type": "FocalLoss", "alpha": 2.0}',
+            ["alpha", "from 0 to 1"],
+        ),
+        (
+            'model.decode_head.loss_decode={"type": "OhemCrossEntropy", "thres": 2.0}',
+            ["thresh", "at most 1"],
+        ),
         ("model.auxiliary_head.in_channels=77", ["auxiliary_head", "77", "32"]),
         ("model.auxiliary_head.in_index=9", ["auxiliary_head"]),
         ("optimizer.type=SDG", ["optimizer.type", "SGD"]),
@@ -133,6 +150,9 @@ def test_misspelled_key_anywhere(tiny, tmp_path):
         ("schedule.warmup=linear", ["schedule.warmup_iters"]),
         ("schedule.warmup_iters=5", ["schedule.warmup_iters", "Set schedule.warmup"]),
         ("schedule.warmup_ratio=0.1", ["schedule.warmup_ratio", "Set schedule.warmup"]),
+        ("schedule.power=-1.0", ["schedule.power", "0 or more"]),
+        ("schedule.min_lr=0.02", ["schedule.min_lr", "at most optimizer.lr"]),
+        ("optimizer.paramwise.head.lr_mult=-1.0", ["optimizer.paramwise.head", "0 or more"]),
         ("schedule.gamma=0.5", ["schedule.gamma", "Set schedule.policy too"]),
         ("optimizer.paramwise.decay_type=stage_wise", ["decay_type", "layer_decay"]),
         (
@@ -708,15 +728,31 @@ def test_weights_without_auxiliary_head_are_scored(straight, tiny, tmp_path):
     assert train.main([*argv, str(tmp_path / "kept.pth")]) == "done"
 
 
+def test_log_has_warnings_and_what_changed_since_the_training(on_folder, tmp_path, capfd):
+    """Parameters of a network do not show that it was trained with another normalization."""
+    argv = ["--config", str(write_config(on_folder, tmp_path)), "--no-validate", "--options"]
+    options = ["schedule.max_iters=1", "data.std=[0.2,0.2,0.2]"]
+    train.main([*argv, *options])
+    log = Path(on_folder["work_dir"], "train.log")
+    assert "warning: data.mean and data.std" in log.read_text()
+    assert "data.py" not in capfd.readouterr().err
+    weights = Path(on_folder["work_dir"], "latest.pth")
+    options = ["data.std=[50,50,50]", "model.decode_head.align_corners=true", "log.interval=2"]
+    argv = ["--config", str(tmp_path / "config.json"), "--eval-only", "--load-from", str(weights)]
+    train.main([*argv, "--options", *options])
+    changes = [line for line in log.read_text().splitlines() if "changed since then" in line]
+    assert [line.split()[5] for line in changes] == ["model.decode_head.align_corners", "data.std"]
+
+
 def test_an_output_that_is_not_finite_is_named(on_folder, run, tmp_path):
     """The image is named by every process, not only by the one that evaluated it."""
     for path in (tmp_path / "set" / "images").glob("*/*.png"):
         pixels = np.asarray(Image.open(path)).astype(np.float32)
         if path.stem == "2" and path.parent.name == "val":
-            pixels[:] = np.nan
+            pixels[:] = 1e38  # finite, but not if divided by std
         np.save(path.with_suffix(".npy"), pixels)
         path.unlink()
-    on_folder["data"]["image_suffix"] = ".npy"
+    on_folder["data"] |= {"image_suffix": ".npy", "std": [1e-3, 1e-3, 1e-3]}
     output = failing(run, on_folder, world_size=2)
     message = r"output for 1 of 4 images is not finite: .*/val/2.npy\."
     assert len(re.findall(message, output)) == 2, output
@@ -756,7 +792,7 @@ def test_resuming_from_an_earlier_checkpoint_leaves_no_later_best(finished, run)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_loss_that_is_not_finite_stops_the_run(tiny, run, tmp_path, world_size):
     """The error names iteration and files; the command that it prints repeats that iteration."""
-    tiny["data"] = folder_of_images(tmp_path / "set", count=8)
+    tiny["data"] = folder_of_images(tmp_path / "set", count=16)
     tiny["data"] |= {
         "image_suffix": None,
         "in_channels": 3,
@@ -765,9 +801,9 @@ def test_loss_that_is_not_finite_stops_the_run(tiny, run, tmp_path, world_size):
     }
     set_in_heads(tiny, num_classes=3)
     images = tmp_path / "set" / "images" / "train"
-    for i in range(8):
+    for i in range(16):
         (images / f"{i}.png").unlink()
-        value = np.nan if i == 5 else i
+        value = np.nan if i == 5 else i  # not among those that are checked before
         np.save(images / f"{i}.npy", np.full((48, 64, 3), value, np.float32))
     output = run(tiny, "--no-validate", world_size=world_size, expect=1).output()
 
@@ -826,6 +862,32 @@ def test_unused_parameters_are_named_at_the_first_step(tiny, run, world_size):
 
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_file_that_is_lost_costs_no_iteration(on_folder, tmp_path, monkeypatch):
+    """What was trained before is saved, and the resumed run is the uninterrupted one."""
+    path = tmp_path / "set" / "images" / "train" / "1.png"
+    content = path.read_bytes()
+    crops = []
+
+    def lose_file(image, label):
+        crops.append(image)
+        if len(crops) == 1 + 4 * 2:  # one is for the check, and two for each iteration
+            path.unlink()
+        return image, label
+
+    monkeypatch.setitem(TRANSFORMS, "Lose", lambda: lose_file)
+    on_folder["data"] |= {"batch_size": 2, "transforms": [{"type": "Lose"}]}
+    on_folder["checkpoint"]["interval"] = 6
+    argv = ["--config", str(write_config(on_folder, tmp_path)), "--no-validate"]
+    with pytest.raises(DataError, match="train/1.png: this file no longer exists"):
+        train.main(argv)
+    assert checkpoint(on_folder)["iteration"] in (4, 5)
+    path.write_bytes(content)
+    train.main([*argv, "--resume-from", "auto"])
+    straight = sibling(on_folder, "straight")
+    train.main(["--config", str(write_config(straight, tmp_path)), "--no-validate"])
+    assert_same(checkpoint(on_folder)["state_dict"], checkpoint(straight)["state_dict"])
 
 
 def test_killed_worker_ends_the_run(tiny, run):

@@ -959,6 +959,13 @@ def test_weights_of_another_model():
     model = small_model("BasicBlock")
     with pytest.raises(models.ConfigError, match="none of the .* tensors fits"):
         models.load_weights(model, {"encoder.weight": torch.zeros(3)})
+    with pytest.raises(models.ConfigError, match="but student, teacher: save the network's"):
+        models.load_weights(model, {"student": {"a": torch.zeros(3)}, "teacher": None})
+    state_dict = model.state_dict()
+    key = next(iter(state_dict))
+    state_dict[key] = torch.full_like(state_dict[key], math.nan)
+    with pytest.raises(models.ConfigError, match=f"{key} holds values that are not finite"):
+        models.load_weights(model, state_dict)
 
 
 def test_weights_of_a_model_of_other_sizes():

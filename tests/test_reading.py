@@ -453,6 +453,42 @@ def test_damaged_png_is_always_an_error(tmp_path):
     check_damaged_png(tmp_path)
 
 
+def with_pixels(content: bytes, change) -> bytes:
+    """A PNG with one chunk IDAT whose compressed pixels are changed, and its checksum with them."""
+    start = content.index(b"IDAT")
+    (length,) = struct.unpack(">I", content[start - 4 : start])
+    stream = change(content[start + 4 : start + 4 + length])
+    chunk = b"IDAT" + stream
+    checksum = struct.pack(">I", zlib.crc32(chunk))
+    rest = content[start + 8 + length :]
+    return content[: start - 4] + struct.pack(">I", len(stream)) + chunk + checksum + rest
+
+
+def test_damaged_pixels_with_right_checksums(tmp_path):
+    """They are found by what reads files before training; torchvision's decoder would crash."""
+    path = tmp_path / "a.png"
+    for pixels in (
+        RGB,
+        RGB[..., 0],
+        np.dstack([RGB, RGB[..., :1]]),
+        RGB[..., :1].astype(np.uint16),
+    ):
+        content = encoded(pixels.squeeze(), "PNG")
+        path.write_bytes(with_pixels(content, bytes))
+        data.check_pixels_of_png(str(path))
+        for change in (
+            lambda stream: b"",
+            lambda stream: stream[2:],
+            lambda stream: stream[: len(stream) // 2],
+            lambda stream: stream[:-1] + bytes([stream[-1] ^ 1]),
+            lambda stream: zlib.compress(zlib.decompress(stream)[:-1]),
+            lambda stream: zlib.compress(b"\7" + zlib.decompress(stream)[1:]),
+        ):
+            path.write_bytes(with_pixels(content, change))
+            with pytest.raises(DataError, match="a.png"):
+                data.check_pixels_of_png(str(path))
+
+
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 def test_truncated_tiff(compression, tmp_path):
     path = tmp_path / "a.tif"
