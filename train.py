@@ -2546,7 +2546,6 @@ def stop_on_non_finite(
 def validate(
     state: TrainState,
     data: Data,
-    device: torch.device,
     autocast: Callable,
     args: argparse.Namespace,
     config: Config,
@@ -2563,7 +2562,7 @@ def validate(
         metrics = evaluate(
             state.model if state.ema is None else state.ema,
             data,
-            device,
+            next(state.model.parameters()).device,
             config.evaluation,
             autocast,
             augment=args.aug_test,
@@ -2959,7 +2958,7 @@ def run(  # noqa: PLR0915
     run_dir = RunDir(Path(config.work_dir), config.checkpoint.keep)
     run_dir.open(config, state, args.eval_only)
     log_start(state, notes, data, args, config, run_dir)
-    validation = functools.partial(validate, state, data, device, autocast, args, config, run_dir)
+    validation = functools.partial(validate, state, data, autocast, args, config, run_dir)
     if args.eval_only:
         validation()
         return "done"

@@ -147,14 +147,14 @@ class Section(dict):
         return f"{self.place}.{key}".lstrip(".")
 
     def take(self, key: str, *default: object) -> object:
-        """Null counts as missing. Raises UserError if there is no default either."""
+        """Take a value. Null counts as missing. Raise UserError if there is no default either."""
         value = self.pop(key, None)
         if value is None and not default:
             raise UserError(f"{self.at(key)} is missing; expected a whole config, see --help")
         return default[0] if value is None else value
 
     def section(self, key: str) -> "Section":
-        """An empty one if it is missing."""
+        """Return a section, an empty one if it is missing."""
         value = self.get(key)
         if value is None:
             return Section(self.at(key))
@@ -174,7 +174,7 @@ class Section(dict):
 
 
 def read(node: object, place: str = "") -> object:
-    """A copy of `node` in which dicts are Sections, without the keys in UNUSED."""
+    """Return a copy of `node` in which dicts are Sections, without the keys in UNUSED."""
     if isinstance(node, dict):
         section = Section(place)
         for key, value in node.items():
@@ -187,7 +187,7 @@ def read(node: object, place: str = "") -> object:
 
 
 def leaves(node: object, place: str = "") -> Iterator[tuple[str, object]]:
-    """Every value within `node` that is not null, with its place, such as `model.backbone.type`."""
+    """Yield every value within `node` that is not null, with its place: `model.backbone.type`."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from leaves(value, f"{place}.{key}".lstrip("."))
@@ -204,7 +204,7 @@ def note(text: str) -> None:
 
 # --------------------------------------------------------------------------------------- The config
 def convert(config: dict, gpus: int) -> dict:
-    """A whole dumped MMSegmentation config -> a config for train.load_config.
+    """Convert a whole dumped MMSegmentation config to a config for train.load_config.
 
     gpus: how many GPUs the config is made for, such as the 4 of 4xb2. Raises UserError for what
     cannot be translated, and warns of what is left out or done differently.
@@ -329,7 +329,7 @@ def refuse_unknown_types(model: dict) -> None:
 
 # --------------------------------------------------------------------------- Optimizer and schedule
 def convert_precision(wrapper: Section) -> dict:
-    """precision and clip_grad, which stand at the top level here."""
+    """Return precision and clip_grad, which stand at the top level here."""
     precision = "fp32"
     if wrapper.get("type") == "AmpOptimWrapper":
         precision = "bf16" if wrapper.get("dtype") == "bfloat16" else "fp16"
@@ -367,7 +367,7 @@ def convert_optimizer(wrapper: Section, backbone: dict) -> dict:
 
 
 def convert_layer_decay(paramwise: Section, backbone: dict) -> dict:
-    """The rules of LearningRateDecayOptimizerConstructor for ConvNeXt, which models.py has.
+    """Return the rules of LearningRateDecayOptimizerConstructor, for ConvNeXt in models.py.
 
     Biases and other vectors have no weight decay.
     """
@@ -444,7 +444,7 @@ def convert_loader(loader: Section, gpus: int, accumulate: int) -> dict:
 
 
 def convert_preprocessor(config: Section, crop_size: list[int]) -> dict:
-    """mean and std. The model's data_preprocessor comes before that of the top level."""
+    """Return mean and std. The model's data_preprocessor comes before that of the top level."""
     usual = config.take("data_preprocessor", Section("data_preprocessor"))
     section = config["model"].setdefault("data_preprocessor", usual)
     section.expect(type=["SegDataPreProcessor"], bgr_to_rgb=[True], rgb_to_bgr=OFF)
@@ -470,7 +470,7 @@ def validate_on(val: dict, train: dict) -> None:
 
 
 def read_dataset(dataset: Section, order: tuple, split: int) -> tuple[dict, dict[str, Section]]:
-    """The data section's keys of the data set itself, and its pipeline's steps by name.
+    """Return the data section's keys of the data set itself, and its pipeline's steps by name.
 
     order: the steps that data.py has, in its order. split: 0 for training, 1 for validation.
     """
@@ -513,7 +513,7 @@ def read_dataset(dataset: Section, order: tuple, split: int) -> tuple[dict, dict
 
 
 def name_of(dataset: Section) -> tuple[str, Section]:
-    """The key of LAYOUTS that describes the data set, and the Section that names its files."""
+    """Return the key of LAYOUTS for the data set, and the Section that names its files."""
     kind = dataset.take("type")
     if kind == "COCOStuffDataset" and dataset.get("reduce_zero_label"):
         return "COCO-Stuff 10k", dataset
@@ -526,7 +526,7 @@ def name_of(dataset: Section) -> tuple[str, Section]:
 
 
 def is_voc_aug(dataset: Section) -> bool:
-    """Whether a ConcatDataset is PascalVOCDataset's train.txt with the labels of aug.txt."""
+    """Return whether a ConcatDataset is PascalVOCDataset's train.txt with aug.txt's labels."""
     first, *others = dataset.get("datasets") or [Section(dataset.place)]
     prefix = first.section("data_prefix") | {"seg_map_path": "SegmentationClassAug"}
     augmentation = first | {"ann_file": VOC[2].format("aug"), "data_prefix": prefix}
@@ -534,7 +534,7 @@ def is_voc_aug(dataset: Section) -> bool:
 
 
 def read_concat(dataset: Section, order: tuple, split: int) -> tuple[dict, dict[str, Section]]:
-    """Like `read_dataset`, for a ConcatDataset whose data sets have the same pipeline."""
+    """Do what `read_dataset` does for a ConcatDataset whose data sets have the same pipeline."""
     dataset.take("type")
     parts = dataset.get("datasets")
     if not parts:
@@ -576,7 +576,7 @@ def read_pipeline(dataset: Section, order: tuple) -> dict[str, Section]:
 
 
 def convert_pipeline(steps: dict[str, Section]) -> dict:
-    """Of the training pipeline."""
+    """Convert the training pipeline."""
     if "RandomCrop" not in steps or {"Resize", "RandomResize"} <= steps.keys():
         raise UserError(
             f"the pipeline is {list(steps)}; expected a RandomCrop and one resize at most"
@@ -623,7 +623,7 @@ def convert_evaluation(config: Section, steps: dict[str, Section]) -> dict:
 
 
 def convert_hooks(hooks: Section, max_iters: int) -> dict:
-    """The sections checkpoint and log."""
+    """Return the sections checkpoint and log."""
     hooks.section("param_scheduler").expect(type=[None, "ParamSchedulerHook"])
     logger = hooks.section("logger")
     logger.expect(type=[None, "LoggerHook"])
