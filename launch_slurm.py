@@ -560,7 +560,7 @@ def check_request(
 ) -> None:
     """Raise UserError for what would otherwise fail after the job has waited in the queue."""
     if args.local and (args.nodes > 1 or args.dry_run):
-        raise UserError("--local uses this machine alone: it takes no --dry-run and one node")
+        raise UserError("--local uses this machine alone: it allows one node and no --dry-run")
     for item in args.slurm:
         option = item.partition("=")[0].replace("-", "_")
         if option in OWN_OPTIONS:

@@ -4182,7 +4182,7 @@ def check_init_cfg(init_cfg: object, place: str) -> None:
     if name:
         raise ConfigError(
             f"{place}.init_cfg: {name!r} is not loaded here. Name weights of the backbone in "
-            "model.backbone.pretrained, those of the whole network by --load-from"
+            "model.backbone.pretrained, those of the whole network with --load-from"
         )
 
 

@@ -340,7 +340,7 @@ def list_index(node: object, name: str, option: str) -> int:
             f"--options {option}: {name} cannot be set in {node!r}, which is not a section"
         )
     if not name.isdecimal() or int(name) >= len(node):
-        raise ConfigError(f"--options {option}: {name} is no position in a list of {len(node)}")
+        raise ConfigError(f"--options {option}: {name} is not a position in a list of {len(node)}")
     return int(name)
 
 
@@ -978,7 +978,7 @@ def initialize(
         return notes
     if args.eval_only:
         raise ConfigError(
-            "--eval-only has no weights to evaluate: name them by --load-from or --resume-from"
+            "--eval-only has no weights to evaluate: name them with --load-from or --resume-from"
         )
     if state.model.pretrained and is_main:  # `distribute` sends rank 0's weights to the others
         notes.append(models.load_pretrained(state.model))
@@ -1017,7 +1017,7 @@ def resume(state: TrainState, path: str | Path, checkpoint: dict, config: Config
     if not checkpoint.keys() >= {"state_dict", "optimizer", "iteration", "scaler"}:
         raise CheckpointError(
             f"{path} is no checkpoint of train.py: it cannot be resumed. "
-            f"Its weights alone may be taken by --load-from {path}."
+            f"To take its weights alone, use --load-from {path}."
         )
     old_config = checkpoint.get("config", asdict(config))
     old_type = old_config.get("optimizer", {}).get("type")
@@ -1025,7 +1025,7 @@ def resume(state: TrainState, path: str | Path, checkpoint: dict, config: Config
     if old_type not in (None, new_type):
         raise CheckpointError(
             f"{path} holds the state of {old_type}, the config says {new_type}. "
-            f"Go on with {old_type}, or take the weights alone by --load-from {path}."
+            f"Go on with {old_type}, or take the weights alone with --load-from {path}."
         )
     try:
         state.load_state_dict(checkpoint)
@@ -1101,8 +1101,8 @@ class RunDir:
         checkpoints = sorted(self.path.glob("*.pth"))
         if checkpoints and not state.resumed_from:
             raise ConfigError(
-                f"work_dir {self.path} already holds a run: {checkpoints[-1].name}. Go on with it "
-                "by --resume-from auto, or name another --work-dir; nothing was overwritten."
+                f"work_dir {self.path} already holds a run: {checkpoints[-1].name}. Continue it "
+                "with --resume-from auto, or name another --work-dir; nothing was overwritten."
             )
         for path in newest_checkpoints(self.path):
             # Damaged, or abandoned by resuming from an earlier checkpoint.
@@ -1542,7 +1542,9 @@ def with_legend(picture: Image.Image, names: Sequence[str], colors: Sequence) ->
     return sheet
 
 
-def preview_row(title: str, image: Tensor, maps: dict[str, Tensor], palette: Sequence):
+def preview_row(
+    title: str, image: Tensor, maps: dict[str, Tensor], palette: Sequence
+) -> Image.Image:
     """Draw the image (C, h, w) beside maps of classes (H, W) blended with it, with captions."""
     height, width = next(iter(maps.values())).shape
     factor = min(480 / max(height, width), max(1, 240 / max(height, width)))
@@ -2019,7 +2021,7 @@ def config_of(checkpoint: dict, path: str | Path, options: Sequence[str] = ()) -
     """Return the config in a checkpoint, whose folder is the work_dir, with options applied."""
     if not isinstance(checkpoint.get("config"), dict):
         raise CheckpointError(
-            f"{path} holds no config, as it was not written by train.py: name one by --config"
+            f"{path} holds no config, as it was not written by train.py: name one with --config"
         )
     folder = Path(path).parent  # where it is now
     config = copy.deepcopy(checkpoint["config"]) | {"work_dir": str(folder)}
@@ -2205,8 +2207,8 @@ def trace(
             failure = error
     raise ConfigError(
         "this network cannot be exported for images of any size, because an operation in it "
-        "depends on the size, or an assert or if on values, in a way that torch.export cannot "
-        f"express: {failure}"
+        "depends on the size, or an if or assert depends on values, in a way that torch.export "
+        f"cannot express: {failure}"
     ) from failure
 
 
@@ -2536,7 +2538,7 @@ def stop_on_non_finite(
         f"--config {run_dir.path / 'config.json'} --work-dir {run_dir.path / 'replay'} "
         f"--resume-from {replay}\n"
         "Lower the learning rate, set clip_grad=1, or precision=fp32, and go on from the last "
-        "checkpoint by --resume-from auto."
+        "checkpoint with --resume-from auto."
     )
 
 
@@ -3121,7 +3123,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # argparse alone would first complain of a missing --config, whatever else is misspelled.
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = "keys of the config are set by --options, such as --options optimizer.lr=0.01"
+        hint = "keys of the config are set with --options, such as --options optimizer.lr=0.01"
         if unknown[0].endswith(".json"):
             hint = f"a config is named by --config {unknown[0]}"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
@@ -3219,9 +3221,9 @@ def check_data(config: Config, folder: Path) -> None:
 def check_inference_flags(args: argparse.Namespace) -> None:
     """Check the arguments that go with --predict and --export. Raise ConfigError."""
     if not args.load_from:
-        raise ConfigError("--predict and --export need a checkpoint: name it by --load-from")
+        raise ConfigError("--predict and --export need a checkpoint: name it with --load-from")
     if args.predict and not args.show_dir:
-        raise ConfigError("--predict writes below a folder: name it by --show-dir")
+        raise ConfigError("--predict writes into a folder: name it with --show-dir")
     if args.export and Path(args.export).suffix not in (".onnx", ".pt2"):
         raise ConfigError(f"--export {args.export}: expected a name that ends in .onnx or .pt2")
 
