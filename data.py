@@ -77,7 +77,7 @@ class DataError(UserError):
 
 
 class DataWarning(UserWarning):
-    """The data or its settings are possible, but hardly meant. train.py logs it like a note."""
+    """The data or a setting is valid, but probably not intended. train.py logs it like a note."""
 
 
 def warn(text: str) -> None:

@@ -691,8 +691,8 @@ class LovaszLoss(Loss):
 class OhemCrossEntropy(Loss):
     """Cross entropy, averaged over the hard pixels alone (https://arxiv.org/abs/1604.03540).
 
-    Hard are those whose own class has a probability below `thres`, at least `min_kept` of the batch
-    that a process has.
+    A pixel is hard if the probability of its own class is below `thres`. At least `min_kept` pixels
+    of the batch that a process has are kept.
     """
 
     NAME = "loss_ohem"
@@ -3976,8 +3976,8 @@ def compiled(network: nn.Module, **options) -> nn.Module:
     """torch.compile(network, **options), except for the losses, which call autograd themselves.
 
     Before torch 2.14, synchronized batch norm is left out too. With `with_cp`, the compiler itself
-    chooses the activations to recompute, within a memory budget on a scale from 0, recompute all
-    that it can, to 1, recompute nothing that takes time.
+    chooses the activations to recompute, within a memory budget from 0 (recompute all that it can)
+    to 1 (recompute nothing that takes time).
     """
     # torch 2.11 compiles synchronized batch norm to a gradient of 0; 2.14 gets it right.
     is_old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14)
@@ -4232,7 +4232,7 @@ def is_invalid_value(error: Exception, part_class: Callable) -> bool:
 def part_class_of(error: Exception, model: Segmentor) -> type:
     """Return the class of the backbone, neck, head or loss whose code a forward pass failed in.
 
-    Segmentor's, if it is none of them.
+    Returns Segmentor if it is none of them.
     """
     found = model
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -4590,8 +4590,9 @@ def load_weights(model: Segmentor, state: dict, complete: bool = False) -> str:
 def plain_state(state):
     """Return the tensors of a state_dict or checkpoint, named as in the plain network.
 
-    Those of a checkpoint's moving average, `ema`, come first. Without what wrappers add to the
-    names: DDP and AveragedModel `module.`, Lightning `model.`, torch.compile and FSDP more.
+    Those of a checkpoint's moving average, `ema`, come first. What wrappers add to the names is
+    removed: `module.` of DDP and AveragedModel, `model.` of Lightning, and torch.compile's and
+    FSDP's parts.
     """
     for key in ("ema", "state_dict", "model_state_dict", "model"):
         if isinstance(state.get(key), dict):

@@ -2869,7 +2869,7 @@ def batch_warnings(model: Segmentor, data: Data) -> list[str]:
 
 
 def setting_warnings(config: Config, data: Data, model: Segmentor) -> list[str]:
-    """Say which settings are possible, but hardly meant."""
+    """Say which settings are valid, but probably not intended."""
     found = []
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if data.workers > max(cores, 1):
