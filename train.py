@@ -1058,6 +1058,20 @@ def changes_since(checkpoint: dict, config: Config, keys: tuple[str, ...] = ("",
 # ------------------------------------------------------------------------------------------- RunDir
 
 
+def write_line(text: str) -> None:
+    """Print a line at once, above the progress bar.
+
+    A closed terminal, a broken pipe (Ctrl-C also ends the tee of `| tee log`) or a full disk costs
+    the output, not the run, which writes train.log too.
+    """
+    try:
+        tqdm.write(text)
+        print(end="", flush=True)
+    except OSError:
+        # Python would try again at exit to write what is left in the buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunDir:
     """The folder of a run: config.json, logs, checkpoints, TensorBoard files if that is installed.
 
@@ -1135,7 +1149,7 @@ class RunDir:
             if checkpoint.exists():
                 link(checkpoint, path)
             else:
-                tqdm.write(
+                write_line(
                     f"best.pth, of {state.best}, is gone: only a higher mIoU will replace it"
                 )
 
@@ -1160,7 +1174,7 @@ class RunDir:
                         f"{self.path / '.lock'}"
                     ) from None
                 if not is_waiting:
-                    tqdm.write(f"waiting for another run in {self.path} to end")
+                    write_line(f"waiting for another run in {self.path} to end")
                 is_waiting = True
                 time.sleep(1)
             except OSError:  # a file system without locks
@@ -1171,7 +1185,7 @@ class RunDir:
         if not self.logs:
             return
         for text in texts:
-            tqdm.write(text)
+            write_line(text)
             self.append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, mode: str, iteration: int, values: dict) -> None:
@@ -1216,7 +1230,7 @@ class RunDir:
         try:
             self.logs[name].write(text)
         except OSError as error:  # a full disk costs a line, not the run
-            tqdm.write(f"{name}: {error}")
+            write_line(f"{name}: {error}")
 
     def save(self, content: dict, names: list[str]) -> None:
         """Write a checkpoint under the first name and link the other names to it.
@@ -1581,7 +1595,7 @@ def write_preview(
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: sheet.save(file, "png"))
     except OSError as error:  # a full disk costs a picture, not the run
-        tqdm.write(f"{path}: {error}")
+        write_line(f"{path}: {error}")
 
 
 def write_val_predictions(show_dir: Path, batch: dict, prediction: Tensor, data: Data) -> None:
@@ -1591,7 +1605,7 @@ def write_val_predictions(show_dir: Path, batch: dict, prediction: Tensor, data:
         try:
             palette_image(classes, data.palette).save(path)
         except OSError as error:
-            tqdm.write(f"{path}: {error}")
+            write_line(f"{path}: {error}")
 
 
 @contextlib.contextmanager
@@ -1610,7 +1624,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def is_quiet() -> bool:
     """Return whether to hide progress bars: on other ranks than 0, and without a terminal."""
-    return dist_utils.rank() > 0 or not sys.stderr.isatty()
+    return dist_utils.rank() > 0 or not sys.stderr or not sys.stderr.isatty()
 
 
 def predict_logits(
@@ -1997,7 +2011,7 @@ class Predictor:
                 if max_pixels < 256**2:
                     raise
                 self.settings = replace(self.settings, max_pixels=max_pixels)
-                tqdm.write(f"GPU memory is too small: evaluation.max_pixels={max_pixels} from now")
+                write_line(f"GPU memory is too small: evaluation.max_pixels={max_pixels} from now")
         if not loss.isfinite():  # it is 0 without labels, unless a logit is not finite
             raise UserError(f"{name}: the network's output is not finite")
         return classes[0].byte().cpu().numpy()
@@ -3170,8 +3184,15 @@ def format_warning(message: Warning, category: type, *place, **options) -> str:
     return format_of_python(message, category, *place, **options)
 
 
+def escape_output() -> None:
+    """Let print escape characters that the locale lacks, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> str:
     """Run train.py with these arguments. Return "done", or "stopped" after a signal."""
+    escape_output()
     args = parse_args(argv)
     check_flags(args)
     warnings.formatwarning = format_warning

@@ -92,7 +92,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _train(argv: list[str], env: dict[str, str], log: str, folder: str, code: str) -> None:
+def run_train(argv: list[str], env: dict[str, str], log: str, folder: str, code: str) -> None:
     """Run the train.py in the folder `code` in this process."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -130,7 +130,7 @@ class Run:
             if env:
                 environment |= env
             arguments = (argv, environment, str(log), str(folder), str(code))
-            process = SERVER.Process(target=_train, args=arguments)
+            process = SERVER.Process(target=run_train, args=arguments)
             process.start()
             self.processes.append(process)
 

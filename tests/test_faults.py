@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import io
 import json
 import os
 import pickle
@@ -30,6 +31,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
+    SERVER,
     WITHOUT_BATCH_NORM,
     Run,
     assert_same,
@@ -39,6 +42,7 @@ from conftest import (
     files_of,
     iterations,
     last_iteration,
+    run_train,
     set_in_heads,
     sibling,
     skip,
@@ -900,6 +904,25 @@ def test_killed_worker_ends_the_run(tiny, run):
     assert process.wait(30) == [1]
     assert "error: a data worker has died" in process.output()
     assert "Traceback" not in process.output()
+
+
+def test_output_that_cannot_be_written(tiny, tmp_path):
+    """As on a full disk, after Ctrl-C under `| tee log`, or when the terminal closes."""
+    argv = ["--config", str(write_config(tiny, tmp_path))]
+    arguments = (argv, {}, "/dev/full", str(tmp_path), str(ROOT))
+    process = SERVER.Process(target=run_train, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert checkpoint(tiny)["iteration"] == 6
+
+
+def test_output_in_ascii(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    train.escape_output()
+    train.write_line("B\xe4ume")
+    assert output.buffer.getvalue() == b"B\\xe4ume\n"
 
 
 def test_training_in_a_thread(tiny, tmp_path):
