@@ -133,7 +133,7 @@ def _select_device() -> torch.device:
     gpus = torch.cuda.device_count()
     if os.environ.get("DIST_BACKEND") == "gloo":
         local_rank %= gpus  # processes may share a GPU, which NCCL refuses
-    elif gpus == 1 and "SLURM_PROCID" in os.environ:
+    elif gpus == 1 and "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         local_rank = 0  # Slurm showed this task its own GPU only (--gpus-per-task, --gpu-bind)
     if local_rank >= gpus:
         raise ProcessError(

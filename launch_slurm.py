@@ -28,7 +28,7 @@ import dist_utils  # before torch, which reads the environment that this sets
 
 # isort: split
 import submitit
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from torch.distributed import DistNetworkError, TCPStore
 
 import train
@@ -60,19 +60,25 @@ OWN_OPTIONS = {
     "ntasks_per_node": "--tasks-per-node",
     "gpus": "--gpus",
     "gpus_per_node": "--gpus-per-node",
+    "gpus_per_task": "--gpus-per-node",
     "cpus_per_task": "--cpus-per-task",
+    "cpus_per_gpu": "--cpus-per-task",
+    "wait": "--follow",
+    "test_only": "--dry-run",
 }
 # SBATCH_* variables with these prefixes override the script, or come from an enclosing job.
 HIDDEN_VARIABLES = (
     "ARRAY_INX",
+    "CPUS_PER_GPU",
     "CPU_BIND",
     "ERROR",
     "GPUS",
-    "JOB_NAME",
+    "GRES",
     "MEM_BIND",
     "NO_REQUEUE",
+    "OPEN_MODE",
     "OUTPUT",
-    "SIGNAL",
+    "WAIT",
 )
 FINAL_STATES = (
     "COMPLETED",
@@ -386,37 +392,73 @@ def resolve_resources(
 def setup_lines(args: argparse.Namespace) -> list[str]:
     """Return shell lines that run before the tasks, which need PYTHONPATH to unpickle `Job`."""
     code = shlex.quote(str(Path(__file__).resolve().parent))
-    return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", *args.setup]
+    return [
+        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+        # Or `python -m` would prefer modules in the current folder, such as another models.py.
+        "export PYTHONSAFEPATH=1",
+        *args.setup,
+        "set +e",  # a `set -e` above is not meant for what follows
+    ]
 
 
-def visibility_check(file: Path, nodes: int) -> list[str]:
-    """Return shell lines that end the job unless all nodes see a file written at submission.
+def visibility_check(files: Sequence[Path], nodes: int) -> str:
+    """Return a shell line that ends the job unless all nodes see these files.
 
-    The first node sees it: Slurm has opened the log beside it, which these lines write to. File
-    servers may hide a new file for a minute.
+    File servers may hide a new file for a minute.
     """
-    if nodes == 1:
-        return []
     script = (
-        'for second in $(seq 90); do [ -e "$1" ] && exit; sleep 1; done; '
-        'echo "error: $(hostname) does not see $1. All nodes must share the work_dir."; exit 1'
+        'for file; do for second in $(seq 90); do [ -e "$file" ] && continue 2; sleep 1; done; '
+        'echo "error: $(hostname) does not see $file. All nodes must share the work_dir and the '
+        'folder of the code, until the job ends."; exit 1; done'
     )
-    command = ("bash", "-c", script, "bash", str(file))
-    one_task_per_node = ("--export=ALL", f"--ntasks={nodes}", "--ntasks-per-node=1")
-    return [shlex.join(["srun", *one_task_per_node, *command]) + " || exit 1"]
+    command = ["bash", "-c", script, "bash", *map(str, files)]
+    if nodes > 1:
+        one_task_per_node = ("--export=ALL", f"--ntasks={nodes}", "--ntasks-per-node=1")
+        command = ["srun", *one_task_per_node, *command]
+    return shlex.join(command) + " || exit 1"
+
+
+def sbatch_options(args: argparse.Namespace) -> dict[str, object]:
+    """Return the options of sbatch that the command line sets, with underscores in their names."""
+    options = {
+        "ntasks_per_node": args.tasks_per_node,
+        "gpus_per_node": args.gpus_per_node or None,
+        "requeue": True,
+    }
+    for name in ("nodes", "job_name", "partition", "time", "cpus_per_task", *SBATCH_FLAGS):
+        options[name] = getattr(args, name)
+    for item in args.slurm:
+        key, has_value, value = item.partition("=")
+        options[key.replace("-", "_")] = value if has_value else True
+    if gpus_in(str(options.get("gres"))):
+        options["gpus_per_node"] = None  # the same number, but without the type
+    delay = options.pop("signal_delay_s", 120)
+    options.setdefault("signal", f"USR2@{delay}")
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def gpus_in(gres: str) -> int:
+    """Return the number of GPUs in a request such as gpu:a100:4,nvme:1."""
+    count = 0
+    for part in gres.split(","):
+        name, *details = part.split(":")
+        if name.removeprefix("gres/") == "gpu":
+            is_number = details and details[-1].isdecimal()
+            count += int(details[-1]) if is_number else 1
+    return count
 
 
 @contextlib.contextmanager
-def outside_of_jobs(args: argparse.Namespace) -> Iterator[None]:
+def outside_of_jobs(options: dict[str, object]) -> Iterator[None]:
     """Hide the job that this command runs in, if any: the new job would inherit its settings.
 
-    Of the user's defaults in SBATCH_* variables, hides those that would override the command line.
+    Of the user's defaults in SBATCH_* variables, hides those that would override these options.
     """
-    names = {"mem": "MEM_PER", "time": "TIMELIMIT"}
+    names = {"time": "TIMELIMIT", "switches": "REQ_SWITCH"}
+    names |= dict.fromkeys(("mem", "mem_per_cpu", "mem_per_gpu"), "MEM_PER")
     overriding = list(HIDDEN_VARIABLES)
-    for flag in ("partition", "time", *SBATCH_FLAGS):
-        if getattr(args, flag) is not None:
-            overriding.append(names.get(flag, flag.upper()))
+    for option in options:
+        overriding.append(names.get(option, option.upper()))
     hidden = tuple(f"SBATCH_{name}" for name in overriding)
     kept = {}
     for name, value in os.environ.items():
@@ -428,7 +470,9 @@ def outside_of_jobs(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def slurm_executor(folder: Path, copy: Path, args: argparse.Namespace) -> submitit.SlurmExecutor:
+def slurm_executor(
+    folder: Path, copy: Path, args: argparse.Namespace, options: dict[str, object]
+) -> submitit.SlurmExecutor:
     try:
         executor = submitit.SlurmExecutor(folder, python=shlex.join(TASK_PYTHON))
     except RuntimeError:
@@ -436,27 +480,15 @@ def slurm_executor(folder: Path, copy: Path, args: argparse.Namespace) -> submit
             "there is no srun on this machine: submit from a node of the cluster, "
             "or train here with --local"
         ) from None
-    options = {
-        "ntasks_per_node": args.tasks_per_node,
-        "gpus_per_node": args.gpus_per_node or None,
-        "requeue": True,
-    }
-    for name in ("nodes", "job_name", "partition", "time", "cpus_per_task", *SBATCH_FLAGS):
-        options[name] = getattr(args, name)
-    for item in args.slurm:
-        key, has_value, value = item.partition("=")
-        options[key.replace("-", "_")] = value if has_value else True
-    delay = options.pop("signal_delay_s", 120)
-    options.setdefault("signal", f"USR2@{delay}")
     failure_file = (
         shlex.quote(f"{folder}/") + "${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}_failure.txt"
     )
     executor.update_parameters(
-        additional_parameters={key: value for key, value in options.items() if value is not None},
+        additional_parameters=options,
         time=None,
         wckey=None,
         stderr_to_stdout=True,
-        setup=[*setup_lines(args), *visibility_check(copy, args.nodes)],
+        setup=[*setup_lines(args), visibility_check((copy, Path(__file__).resolve()), args.nodes)],
         # srun does not inherit --cpus-per-task from sbatch. With SBATCH_EXPORT=NONE, which some
         # centers set, it would not hand on the environment either.
         srun_args=[
@@ -514,32 +546,38 @@ def job_info(job_id: str) -> dict[str, str]:
         time.sleep(5)  # Slurm's controller is down
 
 
-def exit_status(job: submitit.Job, is_local: bool) -> int | None:
-    """Return the exit status of a job; None while it is not over."""
+def progress_of(job: submitit.Job, is_local: bool) -> tuple[str, int | None]:
+    """Return what Slurm says about a job, and its exit status; None while it is not over."""
     if is_local:
         if not job.done():
-            return None
+            return "", None
         tasks = [job.task(rank) for rank in range(job.num_tasks)]
         # Each successful task leaves a result.
-        return 0 if all(task.paths.result_pickle.exists() for task in tasks) else 1
+        return "", 0 if all(task.paths.result_pickle.exists() for task in tasks) else 1
     info = job_info(job.job_id)
-    if info["JobState"] not in FINAL_STATES:
-        return None
-    print(f"job {job.job_id}: {info['JobState']}", file=sys.stderr)
-    if info["JobState"] == "COMPLETED":
-        return 0
+    state = info["JobState"]
+    if state == "PENDING":
+        state += f" ({info['Reason']})"
+    if state not in FINAL_STATES:
+        return state, None
+    if state == "COMPLETED":
+        return state, 0
     code, number = info["ExitCode"].split(":")
-    return int(code) or 128 + int(number)
+    return state, int(code) or 128 + int(number)
 
 
 def follow(log: Path, job: submitit.Job, is_local: bool) -> int:
-    """Print the log of a job as it grows. Return the job's exit status when it has ended."""
+    """Print the states and the log of a job. Return the job's exit status when it has ended."""
     position = 0
+    shown = ""
     status = None
     while status is None:
         time.sleep(1)
         # Before reading, so that the end of the log is not missed.
-        status = exit_status(job, is_local)
+        state, status = progress_of(job, is_local)
+        if state != shown:
+            print(f"job {job.job_id}: {state}", file=sys.stderr)
+            shown = state
         if log.exists():
             with open(log, "rb") as file:
                 file.seek(position)
@@ -562,10 +600,17 @@ def check_request(
     if args.local and (args.nodes > 1 or args.dry_run):
         raise UserError("--local uses this machine alone: it allows one node and no --dry-run")
     for item in args.slurm:
-        option = item.partition("=")[0].replace("-", "_")
+        key, _, value = item.partition("=")
+        option = key.replace("-", "_")
         if option in OWN_OPTIONS:
             raise UserError(
                 f"--slurm {item} contradicts what this command sets: use {OWN_OPTIONS[option]}"
+            )
+        gpus = gpus_in(value)
+        if option == "gres" and gpus not in (0, args.gpus_per_node):
+            raise UserError(
+                f"--slurm {item} requests {gpus} GPU(s) per node, but there are tasks for "
+                f"{args.gpus_per_node}: add --gpus-per-node {gpus}"
             )
     processes = args.nodes * args.tasks_per_node
     parts = processes * data.get("accumulate", 1)
@@ -617,24 +662,25 @@ def launch(args: argparse.Namespace, train_argv: list[str]) -> int:
     folder = work_dir / "slurm"
     copy = folder / f"config_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.json"
     task = Job(train_argv, copy, work_dir, resume_from, requested_port(), config["timeout"])
+    options = sbatch_options(args)
     try:
         if args.local:
             executor = local_executor(folder, args)
         else:
-            executor = slurm_executor(folder, copy, args)
+            executor = slurm_executor(folder, copy, args, options)
         if args.dry_run:
             print(executor._make_submission_file_text(executor._submitit_command_str, ""))
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         train.atomic_write(copy, lambda file: file.write(json.dumps(config).encode()))
         # submitit prints sbatch's error, and raises it too.
-        with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs(args):
+        with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs(options):
             job = executor.submit(task)
     except OSError as error:
         raise UserError(
             f"work_dir {work_dir} cannot be written: {error}. Choose another with --work-dir."
         ) from None
-    except FailedJobError as error:
+    except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(
             f"Slurm refuses this job: {error}\n"
             "`sinfo -o '%P %l %D %c %m %G'` shows limits, nodes, cores, memory and GPUs."
@@ -652,12 +698,13 @@ def launch(args: argparse.Namespace, train_argv: list[str]) -> int:
         return 0
     try:
         return follow(log, job, args.local)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         print(f"\njob {job.job_id} goes on", file=sys.stderr)
         return 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    train.escape_output()
     args, train_argv = parse_args(argv)
     try:
         return launch(args, train_argv)

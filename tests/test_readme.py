@@ -17,7 +17,6 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import launch_slurm
 import models
 import train
 
@@ -121,6 +120,7 @@ def test_commands_of_train(line: str):
 
 @pytest.mark.parametrize("line", programs("launch_slurm.py"))
 def test_commands_of_launch_slurm(line: str):
+    launch_slurm = pytest.importorskip("launch_slurm")
     _, rest = launch_slurm.parse_args(arguments(line, "launch_slurm.py"))
     check_arguments_of_train(rest)
 
@@ -142,6 +142,7 @@ def test_commands_of_help(capsys):
 
 
 def test_flags_exist(capsys):
+    launch_slurm = pytest.importorskip("launch_slurm")
     of_train = flags_of(train.parse_args, capsys)
     of_slurm = flags_of(launch_slurm.parse_args, capsys)
     table = README.split("| flag ")[1].split("\n\n")[0]

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import launch_slurm
+launch_slurm = pytest.importorskip("launch_slurm")  # needs submitit
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.json"
@@ -197,6 +197,9 @@ class Runs:
         (disturbed / "run.py").write_text(
             f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
         )
+        # A folder in which another project has a module of the same name as ours.
+        (self.folder / "other").mkdir()
+        (self.folder / "other" / "models.py").write_text("raise ImportError")
         (self.folder / "hidden").mkdir()
         hide = ("mount", "-t", "tmpfs", "tmpfs", self.folder / "hidden")
         subprocess.run(self.cluster.command(hide, node=5), check=True)
@@ -293,8 +296,9 @@ TWO_NODES = (*CPUS, "--nodes", 2)
 
 def flags(name: str, *slurm, nodes: str = "", setup: str = "true") -> list[str]:
     """launch_slurm.py's arguments for a job. nodes: those that it must run on."""
-    argv = [*slurm, "--cpus-per-task", 1, "--setup", setup]
+    argv = [*slurm, "--cpus-per-task", 1]
     argv += ["--setup", "export OMP_NUM_THREADS=1 PYTHONPATH=$PWD/disturbed:$PYTHONPATH"]
+    argv += ["--setup", setup]
     if nodes:
         argv += ["--slurm", f"nodelist={nodes}"]
     argv += ["--config", "config.json", "--work-dir", name]
@@ -505,12 +509,13 @@ def test_a_job_that_restarts_without_progress_ends(runs: Runs):
 
 # ---------------------------------------------------------------------------------------- Failures
 
-followed("failed", *TWO_TASKS, nodes="node5", setup="export BREAK=1")
+followed("failed", *TWO_TASKS, nodes="node5", setup="set -e; export BREAK=1")
 
 
 def test_the_traceback_of_the_rank_that_fails_first_is_shown(runs: Runs):
     code, output = runs.output("failed")
     assert code == 1
+    assert re.search(r"job \d+: RUNNING", output), output
     assert re.search(r"job \d+: FAILED", output), output
     assert "rank 1 on node5 failed first:\nTraceback" in output
     assert "\nRuntimeError: broken on purpose" in output
@@ -529,8 +534,11 @@ def test_a_requested_port_that_is_in_use(runs: Runs):
 # What a job, an array task and the settings of some centers leave in the environment.
 enclosing = {
     "SBATCH_ARRAY_INX": "0-1",
+    "SBATCH_CPUS_PER_GPU": "4",
     "SBATCH_EXPORT": "NONE",
     "SBATCH_OUTPUT": "/nowhere",
+    "SBATCH_PARTITION": "nowhere",
+    "SBATCH_WAIT": "1",
     "SLURM_ARRAY_TASK_ID": "1",
     "SLURM_CPUS_PER_TASK": "3",
     "SLURM_JOB_ID": "77",
@@ -538,7 +546,8 @@ enclosing = {
     "SLURM_NTASKS": "5",
     "SUBMITIT_EXECUTOR": "local",
 }
-submitted("enclosed", *TWO_TASKS, nodes="node4", environment=enclosing)
+in_dev = ("--slurm", "partition=dev")
+submitted("enclosed", *TWO_TASKS, *in_dev, nodes="node4", environment=enclosing, setup="cd other")
 
 
 def test_a_job_submitted_from_within_a_job(runs: Runs):
@@ -709,6 +718,8 @@ def test_resources(requested: str, expected: tuple):
         ("--slurm array=0-3", "--slurm array=0-3 contradicts what this command sets: use one"),
         ("--slurm ntasks-per-node=3", "use --tasks-per-node"),
         ("--slurm output=log", "use --work-dir"),
+        ("--slurm wait", "use --follow"),
+        ("--slurm gres=gpu:a100:4,nvme:1", "add --gpus-per-node 4"),
         ("--partitoin dev", "unrecognized arguments: --partitoin dev"),
     ],
 )
@@ -753,13 +764,14 @@ def test_dry_run_prints_the_script_and_writes_nothing(runs: Runs, capfd: pytest.
         "--nodes 2 --gpus-per-node 4 --partition dev --job-name psp --time 1-00:00:00 --mem 64G "
         "--qos high --account lab --constraint a100 --exclude n[1-2] --reservation r "
         "--cpus-per-task 6 --slurm exclusive --slurm mail-user=me --slurm signal_delay_s=300 "
+        "--slurm gres=gpu:a100:4 "
         f"--dry-run --config {QUICKSTART} --work-dir {runs.folder}/dry"
     )
     assert launch_slurm.main([*requested.split(), "--setup", "module load cuda"]) == 0
     script = capfd.readouterr().out
     for option in (
         "nodes=2",
-        "gpus-per-node=4",
+        "gres=gpu:a100:4",
         "ntasks-per-node=4",
         "partition=dev",
         "job-name=psp",
@@ -777,6 +789,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(runs: Runs, capfd: pytest.
         "requeue",
     ):
         assert f"#SBATCH --{option}\n" in script, script
+    assert "--gpus-per-node" not in script
     assert "\nmodule load cuda\n" in script
     assert "--kill-on-bad-exit=1 --export=ALL --cpus-per-task=6" in script
     assert not (runs.folder / "dry").exists()
