@@ -128,6 +128,8 @@ def reraise_as_data_error(path: str) -> Iterator[None]:
             f"{path}: this file no longer exists. Restore it, or start the run again to rescan the "
             "folders"
         ) from None
+    except PermissionError:
+        raise DataError(f"{path}: this user may not read it; set its permissions") from None
     except Image.DecompressionBombError:
         raise DataError(
             f"{path}: the image has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, "
@@ -2412,6 +2414,14 @@ def load_crop(dataset, i: int, draw: Callable[[np.ndarray], Crop]) -> tuple[np.n
     return image, draw(label)
 
 
+def different_types(name_of: dict) -> DataError:
+    """name_of: for each type of pixels the name of an image."""
+    images = [f"{name} ({dtype})" for dtype, name in name_of.items()]
+    return DataError(
+        f"the images have different types: {' and '.join(images)}. Convert them to one type"
+    )
+
+
 @dataclasses.dataclass(eq=False)
 class TrainSamples(Dataset):
     """Maps a list of sample indices to a training batch. The fields are arguments of `Data`."""
@@ -2453,14 +2463,11 @@ class TrainSamples(Dataset):
             samples = [self.sample(sample_index) for sample_index in sample_indices]
         except DataError as error:
             return error  # the main process raises it, without the worker's traceback
-        index_of = {pixels.dtype: k for k, (pixels, _, _) in zip(sample_indices, samples)}
-        if len(index_of) > 1:
-            files = []
-            for dtype, k in index_of.items():
-                files.append(f"{self.dataset.name(self.dataset_index(k))} ({dtype})")
-            return DataError(
-                f"the images have different types: {' and '.join(files)}. Convert them to one type"
-            )
+        name_of = {}  # type of the pixels -> an image
+        for k, (pixels, _, _) in zip(sample_indices, samples):
+            name_of[pixels.dtype] = self.dataset.name(self.dataset_index(k))
+        if len(name_of) > 1:
+            return different_types(name_of)
         size = (len(samples), *self.crop_size)
         first = samples[0][0]
         image = torch.zeros(*size, len(first), dtype=first.dtype)
@@ -2703,15 +2710,10 @@ def worker_failure(error: Exception) -> DataError | None:
     if not from_torch and not isinstance(error, (ConnectionError, EOFError)):
         return None
     reason = text.splitlines()[-1] if text else type(error).__name__
-    if "Segmentation fault" in reason:
-        return DataError(
-            f"a data worker has crashed: {reason} A damaged file may be the cause: --check-data "
-            "names it. `pip install pywuffs` brings a decoder that reports such PNG files"
-        )
     return DataError(
         f"a data worker has died or hangs: {reason} If memory ran out (see dmesg), lower "
         "data.workers or data.batch_size; if shared memory did, enlarge /dev/shm; or set "
-        "data.workers=0"
+        "data.workers=0. If it was a segmentation fault, --check-data names the damaged file"
     )
 
 
@@ -3039,9 +3041,8 @@ class Data:
             batches = Batches(samples, indices, workers, pin_memory, keep_errors=True)
             for index, batch in zip(indices, batches):
                 if not is_checked and not isinstance(batch, DataError):
-                    self.check_normalization(
-                        moments_of(batch["image"][0].permute(1, 2, 0).numpy()), 1
-                    )
+                    image = batch["image"][0].permute(1, 2, 0)  # (H, W, C)
+                    self.fits_normalization({paths[index]: moments_of(image.numpy())})
                     is_checked = True
                 yield paths[index], batch
 
@@ -3088,6 +3089,7 @@ class Data:
         """
         if train and val:
             self.check_overlap()
+        fits = True  # whether data.mean and data.std fit the training images; one warning is enough
         if train:
             missing = self.train.missing if isinstance(self.train, Concat) else []
             if missing:
@@ -3096,10 +3098,10 @@ class Data:
                     "it would never occur. Correct class_map or splits, or leave out the class"
                 )
             self.samples.dataset_index(0)
-            shapes, counts = self.check_split(self.train, count)
+            shapes, counts, fits = self.check_split(self.train, count)
             check_classes(self.train, counts, is_trained=True)
         if val:
-            _, counts = self.check_split(self.val, count, is_first=not train)
+            _, counts, _ = self.check_split(self.val, count, is_compared=fits)
             check_classes(self.val, counts, is_trained=False, is_alone=not train)
         if train:
             self.check_crop_size(shapes)
@@ -3130,16 +3132,18 @@ class Data:
             )
 
     def check_split(
-        self, dataset, count: int, is_first: bool = True
-    ) -> tuple[list[Size], np.ndarray]:
+        self, dataset, count: int, is_compared: bool = True
+    ) -> tuple[list[Size], np.ndarray, bool]:
         """Decode `count` samples, spread over the split.
 
-        is_first: compare the values of the images with data.mean and data.std.
-        Returns their (height, width), and the pixels (samples, 256) of each class in them.
+        is_compared: whether to compare the values of the images with data.mean and data.std.
+        Returns their (height, width), the pixels (samples, 256) of each class in them, and whether
+        their values fit.
         """
         shapes = []
         counts = []
-        moments = []
+        moments = {}  # part of a Concat -> those of its images, by name
+        name_of = {}  # type of the pixels -> an image
         indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
         for i in indices.astype(int).tolist():
             check_files(dataset, i)
@@ -3151,30 +3155,37 @@ class Data:
                 )
             if not np.isfinite(image).all():
                 raise DataError(NOT_FINITE.format(dataset.name(i)))
+            name_of.setdefault(image.dtype, dataset.name(i))
+            if len(name_of) > 1:
+                raise different_types(name_of)
             shapes.append(label.shape)
             counts.append(label_histogram(label))
-            moments.append(moments_of(image))
-        if is_first:
-            self.check_normalization(np.mean(moments, axis=0), len(shapes))
-        return shapes, np.array(counts)
+            part = dataset.locate(i)[0] if isinstance(dataset, Concat) else 0
+            moments.setdefault(part, {})[dataset.name(i)] = moments_of(image)
+        fits = True
+        for of_part in moments.values():
+            fits = fits and (not is_compared or self.fits_normalization(of_part))
+        return shapes, np.array(counts), fits
 
-    def check_normalization(self, moments: np.ndarray, count: int) -> None:
-        """Warn if the images would not have a mean near 0 and a standard deviation near 1.
+    def fits_normalization(self, moments: dict[str, np.ndarray]) -> bool:
+        """Return whether the images will have a mean near 0 and a deviation near 1; warn if not.
 
-        moments: (2, C), the means of the values of `count` images and of their squares.
+        moments: for the name of each image what moments_of() returns, (2, C).
         """
-        mean, std = mean_and_std(moments)
+        mean, std = mean_and_std(np.mean(list(moments.values()), axis=0))
         set_mean = self.mean.flatten().cpu().numpy()
         set_std = self.std.flatten().cpu().numpy()
         distance = np.max(np.abs(mean - set_mean) / set_std)
         spread = np.max(std / set_std)
         is_scaled = (set_std != 1).any()  # otherwise the values are used as they are, on purpose
-        if is_scaled and (distance > 10 or spread > 10 or 0 < spread < 0.02):
+        fits = not is_scaled or (distance <= 10 and spread <= 10 and not 0 < spread < 0.02)
+        if not fits:
             warn(
                 f"data.mean and data.std ({as_keys(set_mean, set_std)}) do not fit the values of "
-                f"the images. Measured on {count} of them: {as_keys(mean, std)}; --check-data "
-                "prints those of all training images"
+                f"images such as {next(iter(moments))}. Measured on {len(moments)} of them: "
+                f"{as_keys(mean, std)}; --check-data prints those of all training images"
             )
+        return fits
 
     def check_crop_size(self, shapes: list[Size]) -> None:
         """Raise DataError if no image (height, width) fills a quarter of a crop at any ratio."""
@@ -3354,10 +3365,10 @@ def preflight(dataset, processes: int, kept_counts: Path | None = None) -> list[
     return problems
 
 
-def moments_of(image: np.ndarray) -> list[np.ndarray]:
-    """Return the mean value and the mean square (C,) of each channel of (H, W, C), roughly."""
+def moments_of(image: np.ndarray) -> np.ndarray:
+    """Return the mean and the mean square of the channels of (H, W, C), about, as (2, C)."""
     few = image[::4, ::4].astype(float)
-    return [few.mean((0, 1)), np.square(few).mean((0, 1))]
+    return np.stack([few.mean((0, 1)), np.square(few).mean((0, 1))])
 
 
 def mean_and_std(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

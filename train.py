@@ -244,7 +244,8 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     """
     try:
         # Windows editors put a byte order mark first.
-        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        config = json.loads(text, parse_constant=refuse_constant)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
@@ -252,11 +253,18 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
             f"config {path}, line {error.lineno}, column {error.colno}: {error.msg}; "
             "a config is one JSON object"
         ) from None
+    except ValueError as error:
+        raise ConfigError(f"config {path}: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(
             f"config {path} holds a {type(config).__name__}; a config is one JSON object"
         )
     return make_config(config, options, Path(path).stem)
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python's json reads although JSON has no such numbers."""
+    raise ValueError(f"{name} is no number that a setting can have")
 
 
 def make_config(config: dict, options: Sequence[str], name: str) -> Config:
@@ -346,7 +354,8 @@ def list_index(node: object, name: str, option: str) -> int:
 
 def parse_value(text: str) -> object:
     """Return an option's value: JSON, else a Python literal, else the text itself."""
-    for parse in (json.loads, ast.literal_eval):
+    from_json = functools.partial(json.loads, parse_constant=refuse_constant)
+    for parse in (from_json, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError):
             return parse(text)
     return text
@@ -582,6 +591,8 @@ def build_optimizer(
             group["weight_decay"] = weight_decay * decay_mult
         groups.append(group)
 
+    if not groups:
+        raise ConfigError("optimizer: there is nothing to train, as model.freeze names all parts")
     if "fused" in defaults and not options.get("foreach") and not options.get("differentiable"):
         device = next(model.parameters()).device
         if options.get("fused") is None:
@@ -798,6 +809,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise CheckpointError(f"{path} is a folder; name a checkpoint in it, such as best.pth")
     if not os.path.isfile(path):
         raise CheckpointError(f"checkpoint {path} does not exist; nothing was started")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"checkpoint {path}: this user may not read it; set its permissions")
     try:
         return models.read_weights(path)
     except UserError as error:
@@ -1348,12 +1361,18 @@ def describe_run() -> dict:
     }
 
 
+def version_of(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # as if built from source
+        return importlib.metadata.version(package)
+    return None
+
+
 def versions() -> dict:
     has_gpu = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": importlib.metadata.version("torchvision"),
+        "torchvision": version_of("torchvision"),
         "numpy": np.__version__,
         "pillow": PIL.__version__,
         "cuda": torch.version.cuda,
@@ -2897,6 +2916,13 @@ def setting_warnings(config: Config, data: Data, model: Segmentor) -> list[str]:
         found.append(
             f"warning: schedule.warmup_iters is {warmup_iters}, but max_iters {max_iters}: the "
             "learning rate never reaches optimizer.lr"
+        )
+    late = [
+        milestone for milestone in config.schedule.get("milestones") or [] if milestone >= max_iters
+    ]
+    if late:
+        found.append(
+            f"warning: schedule.milestones {late} are never reached, as max_iters is {max_iters}"
         )
     names = [name for name, _ in model.named_parameters()]
     rules, _, _ = parse_paramwise(config.optimizer.get("paramwise") or {})

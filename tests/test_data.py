@@ -728,6 +728,16 @@ def test_normalization_that_does_not_fit(folder):
     assert 0.2 < right["mean"][0] < 0.8
     assert warnings_of(gray | right) == []
     (message,) = warnings_of(folder)  # repeated for three channels
+    keys = ("type", "root", "classes")
+    section = {key: folder[key] for key in keys}
+    fits = section | {"root": str(Path(folder["root"], "fits"))}
+    for kind in ("images", "labels"):
+        shutil.copytree(Path(folder["root"], kind), Path(fits["root"], kind))
+    for path in Path(fits["root"], "images").glob("*/*/*.npy"):
+        np.save(path, np.load(path) * 255)
+    concat = {"type": "concat", "datasets": [fits, section], "crop_size": [48, 56]}
+    (message,) = warnings_of(concat | {"batch_size": 1})
+    assert f"{folder['root']}/images" in message
     for path in Path(folder["root"], "images").glob("*/*/*.npy"):
         np.save(path, (np.load(path) * 65535).astype(np.uint16))
     (message,) = warnings_of(gray)

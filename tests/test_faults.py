@@ -142,6 +142,11 @@ def test_misspelled_key_anywhere(tiny, tmp_path):
         ("optimizer.type=SDG", ["optimizer.type", "SGD"]),
         ("optimizer.type=LBFGS", ["optimizer.type", "LBFGS"]),
         ("optimizer.lr=fast", ["optimizer.lr"]),
+        ("optimizer.lr=NaN", ["optimizer.lr", "NaN"]),
+        (
+            'model.freeze=["backbone", "decode_head", "auxiliary_head"]',
+            ["nothing to train", "model.freeze"],
+        ),
         ("optimizer.lr=-1", ["optimizer"]),
         ("optimizer.params=[]", ["optimizer.params", "leave it out"]),
         ("optimizer.paramwise.head=2", ["optimizer.paramwise.head"]),
@@ -254,7 +259,14 @@ def test_flags_that_exclude_each_other():
 
 
 @pytest.mark.parametrize(
-    "text,part", [("{", "line 1"), ("[]", "object"), ('{"a": }', "line 1"), ("", "line 1")]
+    "text,part",
+    [
+        ("{", "line 1"),
+        ("[]", "object"),
+        ('{"a": }', "line 1"),
+        ("", "line 1"),
+        ('{"clip_grad": Infinity}', "Infinity is no number"),
+    ],
 )
 def test_config_that_is_not_a_json_object(tmp_path, text, part):
     (tmp_path / "config.json").write_text(text)
@@ -356,11 +368,32 @@ def test_faults_in_the_data_are_named_before_training(on_folder, run, tmp_path, 
     assert not Path(on_folder["work_dir"]).exists()
 
 
-def test_images_of_8_and_16_bits_in_one_batch(on_folder, run, tmp_path):
+def test_images_of_8_and_16_bits(on_folder, tmp_path):
+    """The check before a training or the first batch names them."""
     Image.fromarray(np.zeros((48, 64), np.uint16)).save(tmp_path / "set/images/train/1.png")
-    on_folder["data"] |= {"batch_size": 4, "cat_max_ratio": 1.0}
-    output = failing(run, on_folder)
-    assert "images/train/1.png (torch.float32)" in output
+    dataset = train.Data(**on_folder["data"] | {"batch_size": 4, "cat_max_ratio": 1.0})
+    with pytest.raises(DataError, match=r"0.png \(uint8\) and .*train/1.png \(uint16\)"):
+        dataset.check()
+    with pytest.raises(DataError, match=r"train/1.png \(torch.float32\)"):
+        next(dataset.train_batches())
+
+
+def test_files_that_may_not_be_read(on_folder, straight, tmp_path):
+    dataset = train.Data(**on_folder["data"]).train
+    weights = Path(shutil.copy(f"{straight['work_dir']}/latest.pth", tmp_path))
+    dataset.load(0)
+    for path in (Path(dataset.name(0)), weights):
+        path.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        with pytest.raises(DataError, match="0.png: this user may not read it"):
+            dataset.load(0)
+        with pytest.raises(train.CheckpointError, match="latest.pth"):
+            train.load_checkpoint(weights)
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.parametrize(

@@ -433,6 +433,10 @@ def test_settings_that_are_hardly_meant_are_named(tiny, tmp_path, recwarn):
     del tiny["optimizer"]["paramwise"]
     config = train.read_config(write_config(tiny, tmp_path))
     assert train.setting_warnings(config, train.Data(**config.data), model) == []
+    tiny["schedule"] |= {"policy": "step", "milestones": [4, 6, 9]}
+    config = train.read_config(write_config(tiny, tmp_path))
+    (found,) = train.setting_warnings(config, train.Data(**config.data), model)
+    assert "schedule.milestones [6, 9] are never reached" in found
 
 
 # -------------------------------------------------------------------------------------- Evaluation
