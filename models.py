@@ -12,6 +12,7 @@ the height H and width W of the image. Lower-case h and w are those of a feature
 """
 
 import contextlib
+import copy
 import difflib
 import inspect
 import json
@@ -452,7 +453,7 @@ class Loss(nn.Module):
             normalizer = self.normalizer(label, channels)
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.to(total.dtype).clamp(min=1e-6)
-        return self.loss_weight * total / normalizer
+        return self.loss_weight * (total / normalizer)  # rounded as by MMSegmentation
 
 
 class PlainLoss(Loss):
@@ -2005,6 +2006,7 @@ class ViT(Backbone):
     """
 
     FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU, "swiglufused": partial(SwiGLU, fused=True)}
+    FIXED = {"norm_cfg": [{"type": "LN", "eps": 1e-6}], "act_cfg": [{"type": "GELU"}]}
 
     def __init__(
         self,
@@ -2529,10 +2531,7 @@ class TimmBackbone(Backbone):
         self.create = partial(timm.create_model, name, in_chans=in_channels, **options)
         options = {"out_indices": out_indices, "drop_path_rate": drop_path_rate}
         options = {key: value for key, value in options.items() if value is not None}
-        try:
-            net = self.create(features_only=True, **options)
-        except (AssertionError, IndexError) as error:
-            raise UserError(f"timm cannot build {name} of these values: {error}") from error
+        net = self.create(features_only=True, **options)
         self.channels = net.feature_info.channels()
         self.strides = net.feature_info.reduction()
         count = len(self.channels)
@@ -2559,7 +2558,7 @@ class TimmBackbone(Backbone):
 
     def published_key(self, key: str) -> str:
         """Return what timm's whole network calls a tensor; "_" stands for ".", as in timm."""
-        return key.removeprefix("net.").removeprefix("model.").replace(".", "_")
+        return re.sub("^(net_)?(model_)?(body_)*", "", key.replace(".", "_"))
 
     def from_published(self, state):
         own = {self.published_key(key): key for key in self.state_dict()}
@@ -2593,28 +2592,25 @@ class TorchvisionBackbone(Backbone):
         from torchvision import models as torchvision_models
         from torchvision.models.feature_extraction import create_feature_extractor
 
-        if name not in torchvision_models.list_models():
-            right = suggest(name, torchvision_models.list_models())
-            raise UserError(f"torchvision has no network {name!r}; {right}")
+        names = torchvision_models.list_models(torchvision_models)
+        if name not in names:
+            raise UserError(f"torchvision.models has no network {name!r}; {suggest(name, names)}")
         super().__init__(len(return_nodes), out_indices=range(len(return_nodes)))
         self.torchvision_name = name
-
-        def build() -> nn.Module:
-            net = torchvision_models.get_model(name, weights=None, **options)
-            return create_feature_extractor(net, return_nodes)
-
-        height, width = 256, 512
+        net = torchvision_models.get_model(name, weights=None, **options)
+        self.net = create_feature_extractor(net, return_nodes).eval()
+        height, width = 224, 672  # 224 / 2**k is no multiple of 3, to tell heights from channels
         with torch.device("meta"):
-            probe = build().eval()(torch.zeros(1, 3, height, width))
+            probe = copy.deepcopy(self.net).to("meta")(torch.zeros(1, 3, height, width))
+        self.net.train()
         shapes = [x.shape for x in probe.values()]
-        self.is_channels_last = all(shape[2] == 2 * shape[1] for shape in shapes if len(shape) == 4)
+        self.is_channels_last = all(shape[2] == 3 * shape[1] for shape in shapes if len(shape) == 4)
         channels_at, height_at = (3, 1) if self.is_channels_last else (1, 2)
         for node, shape in zip(probe, shapes):
             if len(shape) != 4:
                 raise UserError(f"return_nodes: {node} gives {list(shape)}, not a feature map")
         self.channels = [shape[channels_at] for shape in shapes]
         self.strides = [height // shape[height_at] for shape in shapes]
-        self.net = build()
 
     def forward(self, image: Tensor) -> list[Tensor]:
         maps = self.net(image).values()
@@ -4048,7 +4044,10 @@ def defaults(function: Callable, inherited: bool = True) -> dict:
 
 def suggest(name: str, right: list[str]) -> str:
     close = difflib.get_close_matches(name, right, 1)
-    return f"did you mean {close[0]}?" if close else f"it can be: {', '.join(sorted(right))}"
+    names = sorted(right)
+    if len(names) > 100:
+        names[100:] = ["..."]
+    return f"did you mean {close[0]}?" if close else f"it can be: {', '.join(names)}"
 
 
 def no_such_type(name: str, kind: str, right: list[str]) -> str:
@@ -4225,7 +4224,7 @@ OWN = {Segmentor}.union(*(table.values() for _, table in TABLES.values()))
 
 def is_invalid_value(error: Exception, part_class: Callable) -> bool:
     """Return whether `error`, raised in a part of the network, is due to a value in the config."""
-    kinds = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
+    kinds = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError)
     return part_class in OWN and isinstance(error, kinds) and not needs_data(error)
 
 

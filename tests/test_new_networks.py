@@ -647,6 +647,16 @@ def test_boundary_loss_by_hand(chunk: int, monkeypatch):
     assert torch.allclose(*pair, rtol=1e-6)
 
 
+@pytest.mark.parametrize("loss_weight", [0.3, 0.7, 20.0])
+def test_loss_weight_multiplies_the_mean(loss_weight: float):
+    """In this order, as in MMSegmentation, so that float32 is rounded in the same way."""
+    logits, _, label = pid_inputs()
+    logits = logits[:, :1].float()
+    edges = models.label_edges(label, 2)
+    mean = models.BoundaryLoss()(logits, edges)
+    assert models.BoundaryLoss(loss_weight=loss_weight)(logits, edges) == loss_weight * mean
+
+
 LOSSES_OVER_PROCESSES = [
     lambda logits, label: models.OhemCrossEntropy(thres=0.3, min_kept=1)(logits, label),
     lambda logits, label: models.BoundaryLoss()(logits[:, :1], models.label_edges(label, 3)),
@@ -862,6 +872,14 @@ def test_timm_backbone(keywords: dict, distances: list[int]):
 
 
 @pytest.mark.optional("timm")
+def test_timm_network_whose_maps_are_caught_by_hooks():
+    section = {"type": "TimmBackbone", "name": "pit_ti_224"}
+    net = models.construct(models.BACKBONES, section, "backbone")
+    state = net.create().state_dict()
+    assert "missing" not in models.load_matching(net, net.from_published(state))
+
+
+@pytest.mark.optional("timm")
 def test_timm_batch_norm_is_synchronized_with_its_activation():
     section = {"type": "TimmBackbone", "name": "test_efficientnet"}
     net = models.construct(models.BACKBONES, section, "backbone")
@@ -919,10 +937,27 @@ def test_torchvision_backbone(name: str, nodes, channels: list[int], strides: li
     assert all(p.grad is not None for p in net.parameters())
 
 
+TORCHVISION_MAPS = [
+    ("efficientnet_b3", "features.2", 32, 4),  # 32 x 64 x 128 for 256 x 512 pixels
+    ("regnet_y_400mf", "trunk_output.block2", 104, 8),  # cannot be built on the meta device
+]
+
+
+@pytest.mark.parametrize("name,node,channels,stride", TORCHVISION_MAPS)
+def test_channels_of_torchvision_backbone(name: str, node: str, channels: int, stride: int):
+    section = {"type": "TorchvisionBackbone", "name": name, "return_nodes": [node]}
+    net = models.construct(models.BACKBONES, section, "backbone")
+    assert (net.channels, net.strides) == ([channels], [stride])
+    with torch.no_grad():
+        (x,) = net(torch.zeros(2, 3, 224, 224))
+    assert x.shape == (2, channels, 224 // stride, 224 // stride)
+
+
 @pytest.mark.parametrize(
     "section,message",
     [
         ({"name": "mobilenet_v9"}, "mobilenet_v2"),
+        ({"name": "fcn_resnet50"}, "did you mean .*resnet50"),  # would download other weights
         ({"name": "resnet18", "return_nodes": ["fc"]}, "not a feature map"),
         ({"name": "resnet18", "return_nodes": ["layer7"]}, "layer7"),
         ({"name": "resnet18", "in_channels": 4}, "no such keyword"),
@@ -939,7 +974,11 @@ def test_errors_of_torchvision_backbone(section: dict, message: str):
     "section,message",
     [
         ({"name": "convnext_tinny"}, "convnext_tiny"),
-        ({"name": "test_resnet", "out_indices": [7]}, "timm cannot build"),
+        ({"name": "zzz"}, r"it can be: (\w+, ){100}\.\.\.$"),
+        (
+            {"name": "test_resnet", "out_indices": [7]},
+            "cannot be built of these values",
+        ),
         ({"name": "test_resnet", "options": {"depht": 1}}, "depht"),
     ],
 )
