@@ -588,6 +588,17 @@ def test_work_dir_below_a_file(tiny, run, tmp_path):
     assert f"work_dir {tmp_path}/file/work cannot be written" in output
 
 
+def test_a_second_name_without_hard_links_is_a_copy(tmp_path, monkeypatch):
+    def refuse(*paths: Path) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "iter_1.pth").write_bytes(b"weights")
+    train.link(tmp_path / "iter_1.pth", tmp_path / "latest.pth")
+    assert (tmp_path / "latest.pth").read_bytes() == b"weights"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_work_dir_that_holds_a_run(finished, run):
     """A second start without --resume-from changes nothing in it."""
     before = files_of(finished)
@@ -693,6 +704,8 @@ def test_a_validation_that_fails_costs_no_iteration(on_folder, tmp_path, checkpo
     train.main(argv)
     assert_same_run(straight, on_folder)
     assert checkpoint(on_folder)["validated"] is True
+    log = (Path(on_folder["work_dir"]) / "train.log").read_text()
+    assert f"to come: iterations: {6 - last}, validations: {6 // last}" in log
 
 
 def without_head(content: dict) -> None:
@@ -815,6 +828,7 @@ def test_resuming_from_an_earlier_checkpoint_leaves_no_later_best(finished, run)
     run(finished, "--no-validate", "--resume-from", path, "--options", "optimizer.lr=0.001")
     assert not (folder / "best.pth").exists()
     assert checkpoint(finished, "best.pth.old")["iteration"] == 6
+    assert list(folder.glob("iter_*.old")) == []  # it went when the new iter_6.pth was written
     # A best one that is still there is found again.
     torch.save(
         checkpoint(finished) | {"best": {"mIoU": 0.5, "iteration": 3}}, folder / "iter_6.pth"

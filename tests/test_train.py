@@ -393,6 +393,7 @@ def test_waiting_for_data_names_the_workers_that_are_enough(tiny, tmp_path, caps
     data = train.Data(**config.data)
     run_dir = train.RunDir(tmp_path, keep=1)
     state = train.TrainState(nn.Module(), None, None)
+    state.iteration = 2  # of 6
     run_dir.open(config, state, eval_only=True)
     timer = train.StepTimer()
     timer.steps = 3
@@ -401,6 +402,7 @@ def test_waiting_for_data_names_the_workers_that_are_enough(tiny, tmp_path, caps
     train.report(state, 0.1, {"loss": 1.0}, timer, config, data, run_dir)
     line = " ".join(capsys.readouterr().out.split())
     assert "waiting for data 50 % of the time: set data.workers=4, or data.cache" in line
+    assert "eta: 0:00:08, time: 2.0" in line
 
 
 def test_lines_of_the_log_are_short():
