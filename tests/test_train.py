@@ -139,6 +139,20 @@ def test_average_is_resumed_and_evaluated(tiny, run, world_size):
     assert metrics(tiny, "test")[0]["loss"] == metrics(straight, "val")[0]["loss"]
 
 
+def test_loss_scale_of_fp16_is_resumed():
+    def new_state() -> train.TrainState:
+        model = nn.Linear(2, 2)
+        optimizer = train.build_optimizer(model, type="SGD", lr=0.1)
+        return train.TrainState(model, optimizer, torch.amp.GradScaler("cpu"))
+
+    state = new_state()
+    state.scaler.scale(torch.ones(()))
+    state.scaler.update(128.0)
+    resumed = new_state()
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.scaler.get_scale() == 128.0
+
+
 def test_average_is_the_formula():
     """A plain mean of the weights at first, then an exponential one; integers are copied."""
     model = nn.BatchNorm1d(2, dtype=torch.float64)
