@@ -1073,6 +1073,8 @@ def in_fold(pairs: np.ndarray, split: str, fold: tuple[int, int], seed: int) -> 
             f"data.fold makes the splits train and val; for split {split}, set data.fold=null and "
             "name its samples by data.images and data.labels, or by data.files"
         )
+    if seed < 0:
+        raise DataError(f"data.fold_seed: {seed} must be 0 or more")
     if not 0 <= k < n or not 2 <= n <= len(unique):
         raise DataError(
             f"data.fold: [{k}, {n}] of {len(unique)} samples; expected [k, n] with 0 <= k < n, and "

@@ -208,7 +208,7 @@ class Config:
         precisions = ("auto", *PRECISIONS)
         expected = ", ".join(precisions)
         require(self.precision in precisions, "precision", self.precision, expected)
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, and below 2**63")
         is_valid = self.clip_grad is None or self.clip_grad > 0
         require(is_valid, "clip_grad", self.clip_grad, "a number above 0, or null")
         is_valid = self.ema_decay is None or 0 <= self.ema_decay < 1
@@ -245,7 +245,7 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     try:
         # Windows editors put a byte order mark first.
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-        config = json.loads(text, parse_constant=refuse_constant)
+        config = from_json(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
@@ -262,9 +262,21 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> Config:
     return make_config(config, options, Path(path).stem)
 
 
-def refuse_constant(name: str) -> None:
-    """Refuse NaN and Infinity, which Python's json reads although JSON has no such numbers."""
-    raise ValueError(f"{name} is no number that a setting can have")
+def from_json(text: str) -> object:
+    """Parse JSON without what Python adds to it: NaN, Infinity, and keys that occur twice."""
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number that a setting can have")
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        section = dict(pairs)
+        if len(section) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"a section has the key {twice!r} twice; leave out one of them")
+        return section
+
+    return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
 
 
 def make_config(config: dict, options: Sequence[str], name: str) -> Config:
@@ -354,7 +366,6 @@ def list_index(node: object, name: str, option: str) -> int:
 
 def parse_value(text: str) -> object:
     """Return an option's value: JSON, else a Python literal, else the text itself."""
-    from_json = functools.partial(json.loads, parse_constant=refuse_constant)
     for parse in (from_json, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError):
             return parse(text)
@@ -2199,7 +2210,10 @@ def export(predict: Predictor, path: Path) -> list[str]:
     dtype = torch.uint8 if is_8_bit else torch.float32
     program, batch_size = trace(network, data.in_channels, dtype)
     content = to_onnx(program) if path.suffix == ".onnx" else to_pt2(program)
-    atomic_write(path, lambda file: file.write(content))
+    try:
+        atomic_write(path, lambda file: file.write(content))
+    except OSError as error:
+        raise UserError(f"--export {path} cannot be written: {error}") from None
     lines = [f"wrote {path}: image ({batch_size}, {data.in_channels}, H, W) {dtype} -> classes"]
     lines += check_exported(network, path, data.in_channels, dtype)
     if predict.settings.scale or predict.settings.mode == "slide":
@@ -3213,7 +3227,8 @@ def format_warning(message: Warning, category: type, *place, **options) -> str:
 def escape_output() -> None:
     """Let print escape characters that the locale lacks, as standard error does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # a file that was replaced by a pipe below Python
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -3273,6 +3288,8 @@ def check_inference_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--predict writes into a folder: name it with --show-dir")
     if args.export and Path(args.export).suffix not in (".onnx", ".pt2"):
         raise ConfigError(f"--export {args.export}: expected a name that ends in .onnx or .pt2")
+    if args.export and os.path.isdir(args.export):
+        raise ConfigError(f"--export {args.export} is a folder; name a file")
 
 
 def run_inference(args: argparse.Namespace, config: Config, device: torch.device) -> str:

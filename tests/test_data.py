@@ -890,6 +890,10 @@ def test_invalid_setting(folder, section, part):
         ({"ignore_index": -1}, "0..255"),
         ({"values": [0, 1, 1, 2]}, "twice"),
         ({"classes": ["a", "b", "c", "b"]}, "'b' names two classes"),
+        (
+            {"images": "images", "labels": "labels", "fold": (0, 2), "fold_seed": -1},
+            "data.fold_seed",
+        ),
     ],
 )
 def test_invalid_setting_of_a_folder(folder, section, part):

@@ -184,6 +184,7 @@ def test_misspelled_key_anywhere(tiny, tmp_path):
         ("precision=fp8", ["precision", "bf16"]),
         ("clip_grad=0", ["clip_grad"]),
         ("seed=-1", ["seed", "-1"]),
+        ("seed=9223372036854775808", ["seed", "2**63"]),
         ("seed", ["KEY=VALUE"]),
         ("modle.x=1", ["modle", "model"]),
     ],
@@ -266,6 +267,7 @@ def test_flags_that_exclude_each_other():
         ('{"a": }', "line 1"),
         ("", "line 1"),
         ('{"clip_grad": Infinity}', "Infinity is no number"),
+        ('{"data": {"scale": 1, "flip": 1, "scale": 2}}', "the key 'scale' twice"),
     ],
 )
 def test_config_that_is_not_a_json_object(tmp_path, text, part):

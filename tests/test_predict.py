@@ -235,11 +235,12 @@ def test_files_and_their_names(tmp_path, run, capfd):
         (["--load-from", "P", "--predict", "out", "--show-dir", "out/.."], "images to predict"),
         (["--load-from", "foreign.pth", "--predict", "out", "--show-dir", "o"], "--config"),
         (["--load-from", "P", "--export", "net.pb"], ".onnx"),
+        (["--load-from", "P", "--export", "out.pt2"], "is a folder"),
     ],
 )
 def test_wrong_arguments(tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "images", "labels", "out"):
+    for folder in ("empty", "images", "labels", "out", "out.pt2"):
         Path(folder).mkdir()
     Image.new("RGB", (9, 9)).save("labels/a.png")
     Image.new("RGB", (9, 9)).save("out/a.png")
