@@ -29,6 +29,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -2245,6 +2246,7 @@ def trace(
                 # Sizes of 1 are no special cases, and fused attention fixes the batch size.
                 _config.patch(backed_size_oblivious=True),
                 sdpa_kernel(SDPBackend.MATH),
+                integer_padding(),
             ):
                 program = torch.export.export(network, (image,), dynamic_shapes=(shapes,))
                 for height, width in EXPORT_CHECKS:
@@ -2257,6 +2259,28 @@ def trace(
         "depends on the size, or an if or assert depends on values, in a way that torch.export "
         f"cannot express: {failure}"
     ) from failure
+
+
+@contextlib.contextmanager
+def integer_padding() -> Iterator[None]:
+    """Let timm compute TensorFlow's "same" padding in a way that torch.export can simplify.
+
+    With timm's own, in which the size occurs several times in a maximum, the terms for the sizes
+    of an EfficientNet's maps grow exponentially, and the export takes minutes.
+    """
+    padding = sys.modules.get("timm.layers.padding")
+    if padding is None:
+        yield
+        return
+    with unittest.mock.patch.object(padding, "get_same_padding", same_padding):
+        yield
+
+
+def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int:
+    """Return how many pixels make a convolution's output ceil(size / stride) pixels long."""
+    extent = (kernel_size - 1) * dilation + 1
+    padding = (size - 1) // stride * stride + extent - size
+    return padding if extent >= stride else max(padding, 0)
 
 
 def sample_image(count: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -2300,7 +2324,7 @@ def to_pt2(program: torch.export.ExportedProgram) -> bytes:
 def replace_ceil(graph: torch.fx.Graph) -> None:
     """Write ceil(a / b) as -(-a // b), because torch.export.save lacks ceil of sizes.
 
-    timm's networks with weights from TensorFlow compute their padding with it.
+    Padding as in TensorFlow is often computed with it.
     """
     for node in graph.find_nodes(op="call_function", target=math.ceil):
         division = node.args[0]

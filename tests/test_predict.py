@@ -1,6 +1,7 @@
 """Use of what was trained: prediction of files and in notebooks, tiles, exported networks."""
 
 import copy
+import itertools
 import math
 from pathlib import Path
 
@@ -366,6 +367,23 @@ def test_export_of_padding_by_ceil(tmp_path, monkeypatch, capsys):
     head = {"type": "FCNHead", "in_channels": 8, "in_index": 0, "channels": 8, "num_classes": 8}
     config["model"] = {"backbone": {"type": "SamePadding"}, "decode_head": head}
     check_export(config, tmp_path / "net.pt2", capsys)
+
+
+@pytest.mark.optional("timm")
+def test_export_of_padding_in_timm():
+    """Without maxima and ceil of sizes, whose terms take torch.export minutes to simplify."""
+    from timm.layers import get_same_padding
+
+    cases = list(itertools.product(range(1, 20), range(1, 6), range(1, 4), (1, 2)))
+    assert all(train.same_padding(*case) == get_same_padding(*case) for case in cases)
+    head = {"type": "FCNHead", "in_channels": 320, "channels": 8, "num_classes": 8}
+    backbone = {"type": "TimmBackbone", "name": "tf_efficientnet_lite0"}
+    model = models.build_model({"backbone": backbone, "decode_head": head})
+    network = train.ExportedNetwork(model, torch.zeros(3, 1, 1), torch.ones(3, 1, 1)).eval()
+    program, _ = train.trace(network, 3, torch.uint8)
+    assert not {node.target for node in program.graph.nodes} & {math.ceil, torch.sym_max}
+    image = train.sample_image(2, 3, 65, 98, torch.uint8)
+    assert torch.equal(program.module()(image), network(image))
 
 
 @pytest.mark.optional("onnx", "onnxscript", "onnxruntime")
