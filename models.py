@@ -896,12 +896,11 @@ class Backbone(nn.Module):
         by_stage: count from a stage's number, as MMSegmentation does for ConvNeXt.
         """
         names = self.layer_names()
-        count = len(names)
         distances = {}
         for number, prefixes in enumerate(self.stage_names() if by_stage else names):
             for name, _ in self.named_parameters():
                 if name.startswith(prefixes):
-                    distances[name] = count - number
+                    distances[name] = len(names) - number
         return distances
 
 
@@ -2603,14 +2602,13 @@ class TorchvisionBackbone(Backbone):
         with torch.device("meta"):
             probe = copy.deepcopy(self.net).to("meta")(torch.zeros(1, 3, height, width))
         self.net.train()
-        shapes = [x.shape for x in probe.values()]
-        self.is_channels_last = all(shape[2] == 3 * shape[1] for shape in shapes if len(shape) == 4)
-        channels_at, height_at = (3, 1) if self.is_channels_last else (1, 2)
-        for node, shape in zip(probe, shapes):
-            if len(shape) != 4:
-                raise UserError(f"return_nodes: {node} gives {list(shape)}, not a feature map")
-        self.channels = [shape[channels_at] for shape in shapes]
-        self.strides = [height // shape[height_at] for shape in shapes]
+        for node, x in probe.items():
+            if x.dim() != 4:
+                raise UserError(f"return_nodes: {node} gives {list(x.shape)}, not a feature map")
+        self.is_channels_last = all(x.shape[2] == 3 * x.shape[1] for x in probe.values())
+        maps = [x.movedim(3, 1) if self.is_channels_last else x for x in probe.values()]
+        self.channels = [x.shape[1] for x in maps]
+        self.strides = [height // x.shape[2] for x in maps]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         maps = self.net(image).values()
@@ -4435,8 +4433,7 @@ def load_pretrained(model: Segmentor) -> str | None:
     name = os.path.expanduser(model.pretrained)
     backbone = model.backbone
     try:
-        exists = os.path.exists(name)
-        if exists:
+        if os.path.exists(name):
             state = read_weights(name)
         elif isinstance(backbone, Backbone):
             state = backbone.published_weights(name)
@@ -4611,6 +4608,10 @@ def load_matching(module: nn.Module, state: dict[str, Tensor]) -> str:
     own = module.state_dict()
     shared = [key for key in state if key in own]
     matching = {key: state[key] for key in shared if state[key].shape == own[key].shape}
+    for key in shared:
+        if key.endswith("pos_embed") and key not in matching:
+            shapes = f"{tuple(state[key].shape)} in the file, {tuple(own[key].shape)} here"
+            raise ConfigError(f"{key} is {shapes}; set img_size to that of the weights")
     # Only floating-point tensors count: batch norm's counters match in any network.
     counted = [key for key in own if own[key].is_floating_point()]
     loaded = [key for key in counted if key in matching]

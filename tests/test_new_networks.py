@@ -239,6 +239,15 @@ def test_vit_keys_that_are_left_out():
         net.load_state_dict({**state, "dist_token": torch.zeros(1)})
 
 
+def test_positions_of_another_image_size():
+    """They would stay random."""
+    with torch.device("meta"):
+        net = models.VisionTransformer(arch="dinov2_vits14", depth=4, img_size=224)
+    state = {"pos_embed": torch.zeros(1, 1 + 37**2, 384), "cls_token": torch.zeros(1, 1, 384)}
+    with pytest.raises(models.ConfigError, match=r"\(1, 1370, 384\) in the file, .* set img_size"):
+        models.load_matching(net, state)
+
+
 def test_arch_and_keywords():
     """An arch's keywords one by one make the same network, and other keywords override them."""
     with torch.device("meta"):
@@ -257,6 +266,7 @@ def test_arch_and_keywords():
         ({"arch": "dinov2_vits16"}, "arch is 'dinov2_vits16'; it can be dinov2_vits14, "),
         ({"ffn_layer": "glu"}, "ffn_layer is 'glu', which can be mlp, swiglu, swiglufused"),
         ({"embed_dim": 100}, "embed_dim 100.* multiple of 4 \\* num_heads, 48"),
+        ({"norm_cfg": {"type": "LN", "eps": 1e-6}, "embed_dims": 768}, "did you mean embed_dim"),
         ({"depth": 4, "out_indices": [4]}, "out_indices is \\[4\\].*from 0 to 3"),
         ({"arch": "dinov2_vits14", "patchsize": 8}, "patchsize: .*did you mean patch_size"),
         ({"drop_path_rate": "0.1"}, "drop_path_rate: is '0.1', should be of type float"),
