@@ -1673,6 +1673,11 @@ class Concat:
                 f"takes classes of this data set ({', '.join(classes)}) to classes of the first "
                 f"({', '.join(self.classes)}) or to null, which ignores them"
             )
+        if set(targets) == {None}:
+            raise DataError(
+                f"{place}: class_map ignores all classes, so nothing is learned from this data "
+                'set. Leave it out, or out of a split: "splits": {"train": null}'
+            )
         table = np.arange(256, dtype=np.uint8)
         for c, target in enumerate(targets):
             table[c] = IGNORE if target is None else self.classes.index(target)

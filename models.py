@@ -4574,6 +4574,11 @@ def load_weights(model: Segmentor, state: dict, complete: bool = False) -> str:
                 (r"^head", "decode_head"),
             ],
         )
+    own = model.state_dict()
+    if not own.keys() & state.keys() and any(f"backbone.{key}" in own for key in state):
+        raise ConfigError(
+            "the file holds weights of a backbone alone: name it in model.backbone.pretrained"
+        )
     report = load_matching(model, state)
     for key, value in model.state_dict().items():
         is_needed = value.is_floating_point() and not key.startswith("auxiliary_head.")

@@ -819,6 +819,8 @@ def load_checkpoint(path: str | Path) -> dict:
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; name a checkpoint in it, such as best.pth")
+    if "://" in path:
+        raise CheckpointError(f"checkpoint {path}: download it, and name the file")
     if not os.path.isfile(path):
         raise CheckpointError(f"checkpoint {path} does not exist; nothing was started")
     if not os.access(path, os.R_OK):
@@ -952,8 +954,18 @@ class TrainState:
         self.log_sizes = checkpoint.get("logs", {})
 
 
-# The keys that decide what a network computes from an image, and what its classes are compared to.
-INPUT_KEYS = ("model.", "data.mean", "data.std", "data.values", "data.reduce_zero_label")
+# What decides, beside the weights, what an evaluation computes and on which images.
+EVALUATED_KEYS = (
+    "model.",
+    "data.type",
+    "data.root",
+    "data.val_split",
+    "data.fold",
+    "data.mean",
+    "data.std",
+    "data.values",
+    "data.reduce_zero_label",
+)
 
 
 def initialize(
@@ -990,6 +1002,8 @@ def initialize(
             notes.append(f"{source}: {difference}")
         if difference and args.eval_only:
             raise CheckpointError(f"{notes[-1]}. Evaluate it with a config that has its classes.")
+    if path and args.load_from:
+        notes.append(f"{args.load_from} is not loaded, as the run is resumed from {path}")
     if path:
         return notes + resume(state, path, checkpoint, config)
     if args.load_from:
@@ -997,7 +1011,7 @@ def initialize(
         notes.append(f"weights from {args.load_from}: {report}")
         if args.eval_only:
             state.iteration = checkpoint.get("iteration", 0)
-            notes += changes_since(checkpoint, config, INPUT_KEYS)
+            notes += changes_since(checkpoint, config, EVALUATED_KEYS)
         if state.ema is not None:
             state.ema.load_state_dict(state.model.state_dict())
         return notes

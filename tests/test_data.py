@@ -1839,6 +1839,7 @@ def test_concat_has_the_classes_of_the_first(concat):
         (1, "class_map", {}, "no class 'trees'"),
         (1, "class_map", {"trees": "wood"}, "no class 'wood'"),
         (1, "class_map", {"trees": None, "bus": "car"}, "no class 'bus'"),
+        (1, "class_map", {"trees": None, "car": None, "road": None}, "ignores all classes"),
         (0, "class_map", {"tree": "car"}, "cannot"),
         (1, "weight", 2, r"[None, 2]"),
         (1, "root", "/nowhere", "/nowhere"),

@@ -961,6 +961,8 @@ def test_weights_of_another_model():
         models.load_weights(model, {"encoder.weight": torch.zeros(3)})
     with pytest.raises(models.ConfigError, match="but student, teacher: save the network's"):
         models.load_weights(model, {"student": {"a": torch.zeros(3)}, "teacher": None})
+    with pytest.raises(models.ConfigError, match="name it in model.backbone.pretrained"):
+        models.load_weights(model, model.backbone.state_dict())
     state_dict = model.state_dict()
     key = next(iter(state_dict))
     state_dict[key] = torch.full_like(state_dict[key], math.nan)
