@@ -491,6 +491,8 @@ def check_network(config: Config, batch_size: int = 2) -> list[str]:
         model = models.build_model(config.model)
     else:
         notes += dry_run(model, config, batch_size)
+        if not notes:
+            notes = size_warnings(model, config)
     build_optimizer(model, **config.optimizer)
     return notes
 
@@ -541,6 +543,27 @@ def dry_run(model: Segmentor, config: Config, batch_size: int) -> list[str]:
         ) from failure
     reason = f"{place}: {first_line(failure)}"
     return [f"the network is not checked before it trains, as it needs values: {reason}"]
+
+
+def size_warnings(model: Segmentor, config: Config) -> list[str]:
+    """Warn of a network on the meta device that takes crops, but no images of another size."""
+    of_any_size = isinstance(model.backbone, models.Backbone) and not isinstance(
+        model.backbone, (models.TimmBackbone, models.TorchvisionBackbone)
+    )
+    if of_any_size or config.evaluation.mode == "slide":
+        return []
+    crop_size = list(config.data["crop_size"])
+    height, width = crop_size
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model.eval()(torch.zeros(1, config.data.get("in_channels", 3), 2 * height, 3 * width))
+    except Exception as error:
+        return [
+            f"warning: this network takes images of {crop_size}, data.crop_size, but not those of "
+            f"every other size ({first_line(error)}). If the validation has others, set "
+            f"evaluation.mode=slide, evaluation.crop_size={crop_size} and evaluation.stride"
+        ]
+    return []
 
 
 def first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import dist_utils
 import models
+import train
 
 VITS = ["dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16"]
 
@@ -879,6 +880,23 @@ def test_timm_backbone(keywords: dict, distances: list[int]):
     found = net.layer_distances()
     assert found.keys() == dict(net.named_parameters()).keys()
     assert set(distances) <= set(found.values())
+
+
+@pytest.mark.optional("timm")
+def test_timm_network_of_one_image_size(tiny):
+    """A crop of another size is an error, a validation with other images a warning."""
+    tiny["model"].pop("auxiliary_head")
+    vit = {"depth": 3, "embed_dim": 24, "num_heads": 3, "img_size": [64, 96]}
+    section = {"type": "TimmBackbone", "name": "vit_tiny_patch16_224", "options": vit}
+    tiny["model"]["backbone"] = section
+    tiny["model"]["decode_head"] |= {"in_channels": 24, "in_index": -1}
+    with pytest.raises(models.ConfigError, match=r"fails on a crop of .* doesn't match model"):
+        train.check_network(train.make_config(tiny, ["data.crop_size=[64, 64]"], "tiny"))
+    options = ["data.crop_size=[64, 96]"]
+    (warning,) = train.check_network(train.make_config(tiny, options, "tiny"))
+    assert "set evaluation.mode=slide, evaluation.crop_size=[64, 96]" in warning
+    vit["dynamic_img_size"] = True
+    assert train.check_network(train.make_config(tiny, options, "tiny")) == []
 
 
 @pytest.mark.optional("timm")
