@@ -207,7 +207,7 @@ def _store_for_this_start(
 
 
 def is_first_to_report(message: str) -> bool:
-    """Return whether no other process of this job has reported this error yet.
+    """Return whether no other process of this job on this node has reported this error yet.
 
     An error in the config is found by every process, but need not be printed by each. Asks the
     store of torchrun, which outlives the processes; without one the answer is True.
@@ -215,7 +215,8 @@ def is_first_to_report(message: str) -> bool:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"reported/{restart}/{uuid.uuid5(uuid.NAMESPACE_OID, message)}"
+    node = os.environ.get("GROUP_RANK", "0")
+    key = f"reported/{restart}/{node}/{uuid.uuid5(uuid.NAMESPACE_OID, message)}"
     try:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -271,6 +272,14 @@ def broadcast_object(value: object) -> object:
     if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def all_gather_object(value: object) -> list:
+    """Return every process's `value`, small and picklable, in the order of the ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 class AsyncMean:

@@ -31,6 +31,7 @@ import textwrap
 import time
 import unittest.mock
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -3036,7 +3037,43 @@ def load_data(
             warnings.showwarning(found.message, found.category, found.filename, found.lineno)
     if args.show_dir:
         make_folder(args.show_dir)
+    if dist_utils.world_size() > 1:
+        check_ranks_agree(args, config, data)
     return data, notes
+
+
+def check_ranks_agree(args: argparse.Namespace, config: Config, data: Data) -> None:
+    """Raise ConfigError on all ranks if one was started with other code, settings or data.
+
+    Otherwise their weights would differ without a word. Only what a machine may have of its own is
+    not compared: the folders of data and work_dir, and the number of workers.
+    """
+    settings = copy.deepcopy(asdict(config))
+    settings.pop("work_dir")
+    for section in (settings["data"], *settings["data"].get("datasets", [])):
+        for key in ("root", "cache", "workers"):
+            section.pop(key, None)
+    for flag in ("eval_only", "no_validate", "aug_test", "resume_from"):
+        settings[f"--{flag.replace('_', '-')}"] = getattr(args, flag)
+    code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    settings["checksum of the code"] = zlib.crc32(b"".join(code))
+    settings["torch"] = str(torch.__version__)
+    splits = {} if args.eval_only else {"train": data.train}
+    if args.eval_only or not args.no_validate:
+        splits["val"] = data.val
+    for split, dataset in splits.items():
+        names = [Path(dataset.name(i)).name for i in range(len(dataset))]
+        settings[f"number of {split} images"] = len(names)
+        settings[f"checksum of the names of {split} images"] = zlib.crc32("\n".join(names).encode())
+
+    ranks = dist_utils.all_gather_object((platform.node(), settings))
+    for rank, (host, theirs) in enumerate(ranks):
+        lines = differences(ranks[0][1], theirs)
+        if lines:
+            raise ConfigError(
+                f"rank {rank} on {host} differs from rank 0: {'; '.join(lines[:3])}. "
+                "Start all ranks with the same code, config, flags and data."
+            )
 
 
 def make_folder(path: str) -> Path:

@@ -40,8 +40,10 @@ from conftest import (
     checkpoint,
     failing,
     files_of,
+    free_port,
     iterations,
     last_iteration,
+    rank_environment,
     run_train,
     set_in_heads,
     sibling,
@@ -953,6 +955,25 @@ def test_killed_worker_ends_the_run(tiny, run):
     assert process.wait(30) == [1]
     assert "error: a data worker has died" in process.output()
     assert "Traceback" not in process.output()
+
+
+def test_ranks_that_differ(tiny, tmp_path):
+    """As with other code, another config or other data on one of several machines."""
+    argv = ["--config", str(write_config(tiny, tmp_path))]
+    log = tmp_path / "out"
+    port = free_port()
+    processes = []
+    for rank, options in enumerate(([], ["--options", "optimizer.lr=1", "data.length=9"])):
+        environment = rank_environment(rank, 2, port)
+        arguments = ([*argv, *options], environment, str(log), str(tmp_path), str(ROOT))
+        processes.append(SERVER.Process(target=run_train, args=arguments))
+        processes[-1].start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 1
+    for part in ("error: rank 1 on ", "optimizer.lr 0.01 -> 1", "number of train images 10 -> 9"):
+        assert part in log.read_text()
+    assert not Path(tiny["work_dir"]).exists()
 
 
 def test_output_that_cannot_be_written(tiny, tmp_path):

@@ -484,7 +484,7 @@ def test_a_cancelled_job_saves_and_does_not_restart(runs: Runs, monkeypatch):
     assert job["Restarts"] == "0"
     # --follow would not report success, although all tasks have exited with 0.
     monkeypatch.setattr(launch_slurm, "job_info", lambda job_id: job)
-    assert launch_slurm.exit_status(SimpleNamespace(job_id="1"), is_local=False) >= 128
+    assert launch_slurm.progress_of(SimpleNamespace(job_id="1"), is_local=False)[1] >= 128
 
 
 submitted("stalled", *CPUS, nodes="node5", setup="export PAUSE=60")
