@@ -1195,6 +1195,10 @@ class RunDir:
             if name in self.LOGS and log.exists() and log.stat().st_size > size:
                 os.truncate(log, max(0, int(size)))
 
+    def holds_training(self) -> bool:
+        """Return whether a run has trained here, which writes config.json."""
+        return (self.path / "config.json").exists()
+
     def restore_best(self, state: TrainState) -> None:
         """Make best.pth the checkpoint that `state.best` is about, or remove it if that is gone.
 
@@ -2667,8 +2671,9 @@ def validate(
     interrupted: Callable = lambda: False,
 ) -> bool | None:
     """Evaluate and log. Return whether this is the best mIoU so far; None if interrupted."""
-    mode = "test" if args.eval_only else "val"
-    preview = None  # an evaluation beside training leaves those of the run alone
+    # In the folder of a training run, an evaluation must not look like one of its validations.
+    mode = "test" if args.eval_only and run_dir.holds_training() else "val"
+    preview = None
     if not args.eval_only:
         preview = run_dir.path / "preview" / f"iter_{state.iteration}.png"
     began = time.perf_counter()

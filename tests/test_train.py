@@ -136,7 +136,7 @@ def test_average_is_resumed_and_evaluated(tiny, run, world_size):
     models.load_weights(model, saved)
     assert_same(dict(model.state_dict()), dict(saved["ema"]))
     run(tiny, "--eval-only", "--load-from", Path(straight["work_dir"]) / "iter_6.pth")
-    assert metrics(tiny, "test")[0]["loss"] == metrics(straight, "val")[0]["loss"]
+    assert metrics(tiny, "val")[0]["loss"] == metrics(straight, "val")[0]["loss"]
 
 
 def test_loss_scale_of_fp16_is_resumed():
@@ -490,7 +490,7 @@ def test_validation_counts_each_image_once(straight, tiny, run, evaluation):
     for world_size in (1, 2, 3):
         config = sibling(tiny, f"world_size{world_size}")
         run(config, "--eval-only", "--load-from", weights, world_size=world_size)
-        results += metrics(config, "test")
+        results += metrics(config, "val")
     one, two, three = results
     assert one["confusion"] == two["confusion"] == three["confusion"]
     assert one["mIoU"] == three["mIoU"]
@@ -530,7 +530,8 @@ def test_show_dir_with_aug_test(straight, tiny, run, tmp_path):
     shown = sorted(show_dir.iterdir())
     assert len(shown) == tiny["data"]["val_length"]
     assert Image.open(shown[0]).mode == "P"
-    assert len(metrics(tiny, "test")) == 1
+    assert len(metrics(tiny, "val")) == 1
+    assert not metrics(tiny, "test")  # only beside training
 
 
 def test_camvid_on_two_processes(tiny, run):
