@@ -3599,3 +3599,10 @@ SYNAPSE_CLASSES = parse_names("""
 SYNAPSE_PALETTE = parse_colors("""
     000000 0000ff 00ff00 ff0000 00ffff ff00ff ffff00 3cffff f0f0f0
 """)
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        "error: data.py is no command. To check and draw the data, call: "
+        "python train.py --config CONFIG --check-data"
+    )

@@ -255,6 +255,15 @@ def test_a_run_is_named_in_place_of_its_config(finished, capsys):
         assert part in capsys.readouterr().err
 
 
+def test_data_as_a_command_names_the_right_one():
+    """It was one, and would do nothing without a word."""
+    command = [sys.executable, str(ROOT / "data.py"), "--config", "c.json"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: data.py")
+    assert "--check-data" in process.stderr
+
+
 def test_flags_that_exclude_each_other():
     for flags in ("--eval-only --no-validate", "--predict a --check-data"):
         with pytest.raises(ConfigError, match="leave out one of them"):
