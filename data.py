@@ -547,8 +547,11 @@ def image_size(path: str) -> Size:
             return read(path)[0].shape[:2]
 
 
-def read_label(path: str) -> np.ndarray:
-    """Read a label as (H, W) integers, see the table in read(); bool if it is a file of 1 bit."""
+def read_label(path: str, values: list[int] = ()) -> np.ndarray:
+    """Read a label as (H, W) integers, see the table in read(); bool if it is a file of 1 bit.
+
+    values: of the classes, for the error message about a label of colors.
+    """
     label, _ = read(path, as_label=True)
     if label.ndim == 3 and label.shape[-1] == 1:
         label = label[..., 0]
@@ -558,10 +561,19 @@ def read_label(path: str) -> np.ndarray:
         raise DataError(
             f"{path}: a label must hold one integer per pixel, its class, but this file holds "
             f"{label.dtype} of shape {label.shape}. If it shows classes as colors, convert it to "
-            "an 8-bit grayscale PNG: "
-            "sum(c * (picture[..., :3] == palette[c]).all(-1) for c in range(len(palette)))"
+            "an 8-bit grayscale PNG, in which other colors are 255 and ignored: 255 - sum((255 - "
+            "value) * (picture[..., :3] == color).all(-1) for value, color in zip(values, palette))"
+            "; palette holds the colors of the classes, and values their values in the files"
+            f"{': ' if values else ''}{shortened(values)}"
         )
     return label
+
+
+def shortened(values: list[int]) -> str:
+    """Write values as 1..6 if they are consecutive."""
+    if len(values) > 1 and np.ptp(values) == len(values) - 1:
+        return f"{min(values)}..{max(values)}"
+    return ", ".join(map(str, values))
 
 
 def scan(root: str, folder: str, suffix: str | None) -> dict[str, str]:
@@ -624,7 +636,7 @@ def walk(top: str, suffix: str | None) -> Iterator[tuple[str, str]]:
                 continue
             ending = os.path.splitext(entry.name)[1] if suffix is None else suffix
             known = suffix is not None or ending.lower() in SUFFIXES
-            if not known or not entry.name.endswith(ending):
+            if not known or not entry.name.lower().endswith(ending.lower()):
                 continue
             check_encoding(entry.path)
             if not entry.is_file():
@@ -633,11 +645,14 @@ def walk(top: str, suffix: str | None) -> Iterator[tuple[str, str]]:
 
 
 def entries_of(folder: str) -> list[os.DirEntry]:
-    """Return the files and folders in `folder` that are not hidden, sorted by name."""
+    """Return the files and folders in `folder` that are not hidden, sorted by name.
+
+    @eaDir is the folder in which storage devices of Synology hide thumbnails of images.
+    """
     check_encoding(folder)
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(".")]
+            found = [entry for entry in entries if not entry.name.startswith((".", "@eaDir"))]
     except OSError as error:
         raise DataError(
             f"{error.filename}: cannot be read ({error.strerror}). Make it readable, or remove it "
@@ -796,8 +811,8 @@ class Folder:
         self.table = class_table(values, ignore_index, reduce_zero_label)
         if fold and "{split}" in f"{images} {labels} {files}":
             raise DataError(
-                f"data.fold: name the folders of all samples, data.images and data.labels, without "
-                f"{{split}}; they are {images} and {labels}"
+                "data.fold: name the folders or the list of all samples, data.images, data.labels "
+                f"and data.files, without {{split}}; they are {images}, {labels} and {files}"
             )
         images = images.replace("{split}", split)
         labels = labels.replace("{split}", split)
@@ -840,13 +855,13 @@ class Folder:
                 "the labels, correct data.image_suffix and data.label_suffix, or list the samples "
                 "in a file (data.files)"
             )
+        suffixes = image_suffix or ", ".join(sorted(SUFFIXES))
         if not pairs and not names:
             raise DataError(
-                f"{os.path.join(self.root, files or images)}: no images found "
-                f"(data.image_suffix: {image_suffix or 'any'})"
+                f"{os.path.join(self.root, files or images)}: no images found. Images end in "
+                f"{suffixes} (data.image_suffix)"
             )
         if hint and not files:
-            suffixes = image_suffix or ", ".join(sorted(SUFFIXES))
             warn(f"{hint}They are not used. Images end in {suffixes}")
         pairs += [(image_of[name], label_of[name]) for name in names]
         for image, label in pairs:
@@ -963,7 +978,7 @@ class Folder:
         """Decode the label alone; see load()."""
         _, path = self.paths(i)
         with images_of_any_size(self.large_images):
-            label = read_label(path)
+            label = read_label(path, self.values)
         if label.dtype == bool:
             label = self.of_bits(label, path)
         values = label
@@ -1015,9 +1030,6 @@ class Folder:
         shown = ", ".join(map(str, bad[:8]))
         if len(bad) > 8:
             shown += ", ..."
-        allowed = str(self.values)
-        if np.ptp(self.values) == len(self.values) - 1:
-            allowed = f"{min(self.values)}..{max(self.values)}"
         ignored = np.flatnonzero(self.table == IGNORE).tolist()
 
         if {0, 255} <= set(values.tolist()) and len(self.classes) == 2:
@@ -1043,7 +1055,8 @@ class Folder:
             )
         return (
             f"{path}: {subject} {shown} ({share:.1%} of the pixels) outside the "
-            f"{len(self.classes)} classes. Allowed: {allowed}; ignored: {ignored}. {hint}"
+            f"{len(self.classes)} classes. Allowed: {shortened(self.values)}; ignored: {ignored}. "
+            f"{hint}"
         )
 
 
@@ -2910,6 +2923,14 @@ class Data:
                 f"data: workers ({self.workers}) must be 0 or more, and ratio_range must be "
                 f"[low, high] with 0 < low <= high, not [{low}, {high}]"
             )
+        splits = {"train", "val", "test", self.train_split, self.val_split}
+        for number, section in enumerate(self.dataset_keywords.get("datasets", [])):
+            unknown = section.get("splits", {}).keys() - splits
+            if unknown:
+                raise DataError(
+                    f"data.datasets.{number}.splits: {min(unknown)!r} is no split of this run; "
+                    f"they are {self.train_split} and {self.val_split}"
+                )
 
     def to(self, device: torch.device) -> "Data":
         """Move mean and std to `device`. Copying them in every step would cause a device sync."""

@@ -468,6 +468,19 @@ def test_image_without_label(folder):
         assert part in message
 
 
+def test_suffixes_in_capitals_and_thumbnails(folder):
+    """Cameras write .JPG, and storage devices of Synology thumbnails of every image."""
+    image = first_image(folder)
+    image.rename(image.with_suffix(".PNG"))
+    thumbnail = image.parent / "@eaDir/00.png/SYNOPHOTO_THUMB_M.jpg"
+    write_image(thumbnail, np.zeros((4, 4, 3), np.uint8))
+    for suffixes in ({}, {"image_suffix": ".png", "label_suffix": ".png"}):
+        dataset = Data(**folder, **suffixes).train
+        assert len(dataset) == 6 and dataset.name(0).endswith("00.PNG")
+    message = error_of(lambda: Data(**folder, image_suffix="*.png").train)
+    assert "Images end in *.png (data.image_suffix)" in message
+
+
 def test_label_without_image_is_a_warning(folder):
     first_image(folder).unlink()
     with pytest.warns(UserWarning, match="1 labels have no image.*sub0/00.png.*not used"):
@@ -510,8 +523,26 @@ def test_color_picture_as_label(folder):
     picture = np.zeros((*SIZES[0], 3), np.uint8)
     write_first_label(folder, picture)
     message = error_of_first_sample(folder)
-    for part in (str(first_label(folder)), "palette", "grayscale PNG"):
+    for part in (str(first_label(folder)), "palette", "grayscale PNG", "values in the files: 0..3"):
         assert part in message
+
+
+def test_the_formula_for_a_label_of_colors(folder):
+    """It writes the values that the data set reads, and ignores colors that are of no class."""
+    potsdam = folder | {"classes": list("abcdef"), "reduce_zero_label": True}
+    picture = np.zeros((*SIZES[0], 3), np.uint8)
+    palette = np.array(data.voc_palette(6)) + 1
+    picture[0, :6] = palette
+    write_first_label(folder, picture)
+    message = error_of_first_sample(potsdam)
+    formula = message[message.index("255 - sum(") : message.index("; palette")]
+    values = range(1, 7)
+    assert message.endswith("values in the files: 1..6")
+    names = {"picture": picture, "palette": palette, "values": values, "zip": zip, "sum": sum}
+    label = eval(formula, names)
+    assert label[0, :7].tolist() == [*values, 255]
+    write_first_label(folder, label.astype(np.uint8))
+    assert classes_in(Data(**potsdam).train) == [*range(6), 255]
 
 
 def write_masks(folder: dict, split: str, *values: int) -> None:
@@ -1844,6 +1875,7 @@ def test_concat_has_the_classes_of_the_first(concat):
         (1, "weight", 2, r"[None, 2]"),
         (1, "root", "/nowhere", "/nowhere"),
         (1, "type", "concat", "concat"),
+        (1, "splits", {"valid": None}, "'valid' is no split of this run; they are train and val"),
     ],
 )
 def test_wrong_section_of_concat(concat, section, key, value, part):
@@ -1943,6 +1975,8 @@ def test_folds_are_disjoint_and_whole(tmp_path):
     assert "set data.fold=null" in error_of(functools.partial(names, "test", 0))
     build = functools.partial(names, "val", 0, images="images/{split}")
     assert "without {split}" in error_of(build)
+    build = functools.partial(names, "val", 0, files="{split}.txt")
+    assert "images/train, labels/train and {split}.txt" in error_of(build)
 
 
 # ----------------------------------------------------------------------------------- Rare classes
