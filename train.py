@@ -62,6 +62,7 @@ from data import (
     decoder_name,
     find_images,
     images_of_any_size,
+    moments_of,
     pixels_of,
     read_image,
     unlabeled_batch,
@@ -876,7 +877,11 @@ def find_checkpoint(work_dir: Path) -> tuple[Path | None, dict | None, list[str]
     (None, None, []) if the work_dir has no checkpoint. Raises CheckpointError if none is good.
     """
     problems = []
-    for path in newest_checkpoints(work_dir):
+    paths = newest_checkpoints(work_dir)
+    if not paths:  # one of these may have been copied here alone
+        names = ("latest.pth", "best.pth")
+        paths = [work_dir / name for name in names if (work_dir / name).exists()]
+    for path in paths:
         try:
             checkpoint = load_checkpoint(path)
         except CheckpointError as error:
@@ -2032,12 +2037,17 @@ class Predictor:
         self.device = device
         self.settings = config.evaluation
         self.augment = augment
-        precision, self.autocast = choose_arithmetic(config, device)
-        dtype, _ = PRECISIONS[precision]
-        model = models.build_model(config.model)
-        models.load_weights(model, checkpoint, complete=True)
-        self.model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
-        self.data = Data(**config.data, seed=config.seed).to(device)
+        self.deterministic = config.deterministic
+        # Without drawing from the caller's random numbers or following their default device.
+        with switches_restored(), torch.random.fork_rng([]), torch.device("cpu"):
+            self.precision, self.autocast = choose_arithmetic(config, device)
+            dtype, _ = PRECISIONS[self.precision]
+            model = models.build_model(config.model)
+            models.load_weights(model, checkpoint, complete=True)
+            model.eval()  # once for all: threads may share the network
+            self.model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+            self.data = Data(**config.data, seed=config.seed).to(device)
+        self.fits = True  # the mean and std, as far as is known
         self.classes, self.palette = classes_of(checkpoint, self.data)
         if len(self.classes) != model.num_classes:
             raise ConfigError(
@@ -2045,24 +2055,52 @@ class Predictor:
                 f"{', '.join(self.classes[:8])}... They must agree."
             )
 
-    def __call__(self, image: Image.Image | np.ndarray | str | Path) -> np.ndarray:
+    def __call__(self, image: Image.Image | np.ndarray | Tensor | str | Path) -> np.ndarray:
         """Predict one image: (H, W) uint8, the classes at the image's own size.
 
-        image: a file, which is read as training reads it; a PIL image; or an array (H, W, C) or
-            (H, W), RGB and in the units of the training files.
+        image: a file, which is read as training reads it; a PIL image; or an array or tensor
+            (H, W, C) or (H, W), RGB and in the units of the training files.
+        Raises UserError.
         """
+        pixels = self.pixels(image)
+        if self.fits:  # one warning is enough
+            self.fits = self.data.fits_normalization({"this one": moments_of(pixels)})
+        with torch.device("cpu"):  # whatever torch.set_default_device() says
+            return self.predict_batch(unlabeled_batch(pixels, self.settings.scale))
+
+    def pixels(self, image: Image.Image | np.ndarray | Tensor | str | Path) -> np.ndarray:
+        """Return an image of any kind as (H, W, channels). Raise DataError."""
+        channels = self.data.in_channels
         if isinstance(image, (str, Path)):
+            path = os.path.expanduser(image)
+            if not os.path.isfile(path):
+                raise DataError(f"{path}: there is no such file")
             with images_of_any_size():
-                pixels = read_image(str(image), self.data.in_channels)
-        else:
-            if isinstance(image, Image.Image):
+                return read_image(path, channels)
+        has_alpha = False
+        if isinstance(image, Image.Image):
+            has_alpha = image.mode in ("LA", "RGBA")
+            try:
                 pixels = pixels_of(ImageOps.exif_transpose(image))
-                has_alpha = image.mode in ("LA", "RGBA")
-            else:
-                pixels = as_array(image)
-                has_alpha = False
-            pixels = with_channels(pixels, self.data.in_channels, "the image", has_alpha)
-        return self.predict_batch(unlabeled_batch(pixels, self.settings.scale))
+            except (OSError, ValueError) as error:  # truncated, closed, or of a rare mode
+                raise DataError(f"the image cannot be decoded: {error}") from None
+        else:
+            if isinstance(image, Tensor):
+                image = image.detach().cpu()
+            pixels = as_array(image)
+        if pixels.dtype.kind not in "buif" or pixels.ndim not in (2, 3) or pixels.size == 0:
+            raise DataError(
+                f"the image is {type(image).__name__} of shape {pixels.shape} and type "
+                f"{pixels.dtype}; expected a path, a PIL image, or numbers (H, W, C)"
+            )
+        return with_channels(pixels, channels, "the image", has_alpha)
+
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Compute in the config's precision, whatever another network or the caller has set."""
+        with switches_restored(), self.autocast():
+            set_up_arithmetic(self.precision, self.deterministic)
+            yield
 
     @torch.inference_mode()
     def predict_batch(self, batch: dict, name: str = "the image") -> np.ndarray:
@@ -2070,8 +2108,8 @@ class Predictor:
         while True:
             try:
                 with (
+                    self.arithmetic(),
                     evaluation_mode(self.model),
-                    self.autocast(),
                     explain_small_images(self.model, self.data, batch, lambda index: name),
                 ):
                     classes, loss = predict_batch(
@@ -2093,7 +2131,7 @@ class Predictor:
 def load_predictor(checkpoint: str | Path, device: str | torch.device | None = None) -> Predictor:
     """Return the network of a checkpoint, to be called with images; see `Predictor`.
 
-    Sets torch's global switches for the config's precision, as a run does.
+    Leaves torch's global switches and random numbers as they are.
 
     device: by default the GPU if there is one.
     Raises CheckpointError or ConfigError.
@@ -2118,8 +2156,10 @@ def config_of(checkpoint: dict, path: str | Path, options: Sequence[str] = ()) -
 def classes_of(checkpoint: dict, data: Data) -> tuple[list[str], list[list[int]]]:
     """Return the classes' names and colors, of the checkpoint or else of the config's data set."""
     found = data_set_meta(checkpoint)
-    if found.get("classes") and found.get("palette"):
-        return list(found["classes"]), [list(color) for color in found["palette"]]
+    classes = found.get("classes") or []
+    palette = found.get("palette") or []
+    if classes and len(palette) == len(classes):
+        return list(classes), [list(color) for color in palette]
     return data.classes, data.palette
 
 
@@ -2444,10 +2484,40 @@ def set_up_arithmetic(precision: str, deterministic: bool) -> None:
     if precision in ("fp32", "tf32"):
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if deterministic:  # cuBLAS reads this when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
     # Deterministic mode would also fill every new tensor, which is only of use for debugging.
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextlib.contextmanager
+def switches_restored() -> Iterator[None]:
+    """Give torch's global switches back as they were; see set_up_arithmetic()."""
+    cudnn = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    cpu_matmul = torch.backends.mkldnn.matmul
+    parts = (matmul, cpu_matmul, cudnn.conv, cudnn.rnn)
+    precisions = {part: part.fp32_precision for part in parts}
+    name = "high" if matmul.fp32_precision == "tf32" else "highest"
+    with contextlib.suppress(RuntimeError):  # where the caller has set fp32_precision alone
+        name = torch.get_float32_matmul_precision()
+    was_tuning = cudnn.benchmark
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled_memory = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        # Both of torch's ways to set it: where they disagree, asking is an error.
+        torch.set_float32_matmul_precision(name)
+        cudnn.allow_tf32 = precisions[cudnn.conv] == "tf32"
+        for part, precision in precisions.items():
+            part.fp32_precision = precision
+        cudnn.benchmark = was_tuning
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=only_warns)
+        torch.utils.deterministic.fill_uninitialized_memory = filled_memory
 
 
 def choose_arithmetic(config: Config, device: torch.device) -> tuple[str, Callable]:
@@ -3189,30 +3259,35 @@ def run(  # noqa: PLR0915
 # ------------------------------------------------------------------------------------- Command line
 
 
+def path_argument(text: str) -> str:
+    if not text:  # not to train from scratch where --resume-from $CHECKPOINT is meant
+        raise argparse.ArgumentTypeError("the path is empty; is a variable of the shell not set?")
+    return os.path.expanduser(text)  # the shell leaves the ~ in --config=~/mine.json
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what the run is of, where it starts, and how it is scored."""
     add = parser.add_argument
-    path = os.path.expanduser  # the shell leaves the ~ in --config=~/mine.json
     add(
         "--config",
-        type=path,
+        type=path_argument,
         help="a JSON file, such as one of configs/; by default the config in the checkpoint for "
         "--eval-only, --predict and --export",
     )
     add(
         "--work-dir",
-        type=path,
+        type=path_argument,
         help="folder of logs and checkpoints; default: the config's work_dir",
     )
     add(
         "--resume-from",
-        type=path,
+        type=path_argument,
         metavar="PATH|auto",
         help="go on from a checkpoint; auto: from the newest good one of the work_dir, if any",
     )
     add(
         "--load-from",
-        type=path,
+        type=path_argument,
         metavar="PATH",
         help="take weights only (MMSegmentation's .pth too) and start at iteration 0",
     )
@@ -3232,23 +3307,22 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def add_other_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for predictions, for what is done in place of a run, and for single keys."""
     add = parser.add_argument
-    path = os.path.expanduser
     add(
         "--show-dir",
-        type=path,
+        type=path_argument,
         metavar="DIR",
         help="write each validation image's prediction there as a PNG with a palette",
     )
     add(
         "--predict",
-        type=path,
+        type=path_argument,
         metavar="PATH",
         nargs="+",
         help="predict images, and those in folders, with --load-from; write them to --show-dir",
     )
     add(
         "--export",
-        type=path,
+        type=path_argument,
         metavar="FILE",
         help="write --load-from as .onnx or .pt2 (torch.export)",
     )
@@ -3361,8 +3435,6 @@ def main(argv: Sequence[str] | None = None) -> str:
         check_data(config, make_folder(args.show_dir or config.work_dir))
         return "done"
     notes = [] if is_inference else check_network(config)
-    if config.deterministic:  # cuBLAS reads this when it starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = dist_utils.init(timeout=config.timeout)
     try:
         if is_inference:

@@ -236,6 +236,7 @@ def test_command_line_that_is_wrong(capsys):
         (["--wrok-dir", "x"], "unrecognized arguments: --wrok-dir x"),
         (["mine.json"], "a config is named by --config mine.json"),
         (["--lr", "0.1"], "--options optimizer.lr=0.01"),
+        (["--config", "x", "--resume-from", ""], "--resume-from: the path is empty"),
     ):
         with pytest.raises(SystemExit):
             train.parse_args(argv)
@@ -635,6 +636,14 @@ def test_work_dir_on_a_read_only_disk(tiny, run, disk):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     output = failing(run, tiny, "--work-dir", disk / "work")
     assert f"work_dir {disk}/work cannot be written" in output
+
+
+def test_auto_takes_a_checkpoint_that_was_copied_alone(finished, tmp_path):
+    for name in ("best.pth", "latest.pth"):
+        shutil.copy(Path(finished["work_dir"]) / name, tmp_path)
+        path, checkpoint, _ = train.find_checkpoint(tmp_path)
+        assert path == tmp_path / name
+        assert checkpoint["iteration"] > 0
 
 
 def fill(path: Path) -> None:

@@ -177,6 +177,72 @@ def test_predictor_takes_arrays_and_pillow_images(tmp_path):
     assert np.array_equal(predict(turned), predict(np.rot90(array, -1)))
 
 
+@pytest.mark.filterwarnings("error::data.DataWarning")
+def test_wrong_images(tmp_path):
+    config = tiny_config(tmp_path / "work")
+    predict = train.load_predictor(write_checkpoint(config, tmp_path / "best.pth"), device="cpu")
+    array = smooth_image(np.random.default_rng(0), 40, 50)
+    closed = Image.fromarray(array)
+    closed.close()
+    for image, message in (
+        (None, "is NoneType"),
+        (3, "expected a path"),
+        (array.astype(object), "type object"),
+        (array[:0], r"shape \(0, 50, 3\)"),
+        (array[None], r"shape \(1, 40, 50, 3\)"),
+        (Image.fromarray(array).convert("HSV"), "mode HSV"),
+        (closed, "closed"),
+        (tmp_path, "no such file"),
+        (str(tmp_path / "missing.png"), "no such file"),
+    ):
+        with pytest.raises(data.DataError, match=message):
+            predict(image)
+    tensor = torch.tensor(array, dtype=torch.float32, requires_grad=True)
+    assert np.array_equal(predict(tensor), predict(array))
+    with pytest.raises(data.DataWarning, match="do not fit the values"):
+        predict(array / 255)
+
+
+def test_predictor_leaves_torch_as_it_is(tmp_path):
+    """Random numbers, the switches for precision and determinism, the default device."""
+    config = tiny_config(tmp_path / "work") | {"precision": "tf32"}
+    checkpoint = write_checkpoint(config, tmp_path / "best.pth")
+    backends = torch.backends
+    matmul = backends.cuda.matmul
+    array = smooth_image(np.random.default_rng(0), 40, 50)
+    state = torch.get_rng_state()
+    with train.switches_restored():
+        torch.set_float32_matmul_precision("medium")
+        backends.cudnn.allow_tf32 = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        predict = train.load_predictor(checkpoint, device="cpu")
+        with predict.arithmetic():
+            assert backends.cudnn.allow_tf32
+            assert not torch.are_deterministic_algorithms_enabled()
+        expected = predict(array)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert not backends.cudnn.allow_tf32
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        # torch forbids to ask for allow_tf32 after this.
+        matmul.fp32_precision = "ieee"
+        predict(array)
+        assert matmul.fp32_precision == "ieee"
+    with torch.device("meta"):
+        predict = train.load_predictor(checkpoint, device="cpu")
+        assert np.array_equal(predict(array), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    # In training mode, threads that share the network would change its batch norm.
+    assert not predict.model.training
+
+
+def test_palette_of_another_length(tmp_path):
+    checkpoint = write_checkpoint(tiny_config(tmp_path / "work"), tmp_path / "best.pth")
+    content = torch.load(checkpoint)
+    content["palette"] = content["palette"][:3]
+    torch.save(content, checkpoint)
+    assert len(train.load_predictor(checkpoint, device="cpu").palette) == 8
+
+
 def test_lines_for_a_notebook(tmp_path, monkeypatch, capsys):
     """The code in the README runs as it is."""
     (code,) = code_blocks(README.split("## Your own data")[0], "python")
