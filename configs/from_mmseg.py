@@ -49,11 +49,31 @@ READ = """
     model data_preprocessor train_dataloader val_dataloader test_dataloader val_evaluator train_cfg
     val_cfg test_cfg optim_wrapper auto_scale_lr param_scheduler default_hooks custom_hooks
     load_from resume randomness compile activation_checkpointing efficient_conv_bn_eval
+    runner_type strategy
 """.split()
 VARIABLES = """
     norm_cfg backbone_norm_cfg dataset_type data_root crop_size img_scale train_pipeline metainfo
     test_pipeline dataset_train dataset_aug optimizer checkpoint checkpoint_file class_weight iters
 """.split()
+
+# What the values of these keys have to be, wherever they stand, unless they are null.
+KINDS = {
+    "a section": "backbone data_preprocessor dataset optimizer test_dataloader".split(),
+    "a list of sections": ["datasets", "pipeline"],
+    "a section or a list of sections": ["param_scheduler", "val_evaluator"],
+    "an integer": """
+        batch_size num_workers accumulative_counts max_iters val_interval interval begin end
+        max_keep_ckpts
+    """.split(),
+    "an integer or a list of integers": ["size", "crop_size", "stride"],
+    "a text": "type img_path seg_map_path ann_file".split(),
+}
+# The settings of train.py that stand for what is not translated.
+SETTINGS = {
+    "EMAHook": "ema_decay",
+    "EarlyStoppingHook": "evaluation.patience",
+    "activation_checkpointing": "model.backbone.with_cp",
+}
 
 # The steps of pipelines in the order of data.py, with what data.py does for keys that it does not
 # have. In these and all lists of values for expect(), None stands for a missing key.
@@ -179,11 +199,31 @@ def read(node: object, place: str = "") -> object:
         section = Section(place)
         for key, value in node.items():
             if key not in UNUSED:
+                check_kind(key, value, section.at(key))
                 section[key] = read(value, section.at(key))
         return section
     if isinstance(node, (list, tuple)):
         return [read(value, f"{place}.{i}") for i, value in enumerate(node)]
     return node
+
+
+def check_kind(key: str, value: object, place: str) -> None:
+    """Raise UserError if a value is not what KINDS says."""
+    is_section = isinstance(value, dict)
+    is_list = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    numbers = value if isinstance(value, list) else [value]
+    are_integers = all(type(number) is int for number in numbers)
+    fits = {
+        "a section": is_section,
+        "a list of sections": is_list,
+        "a section or a list of sections": is_section or is_list,
+        "an integer": type(value) is int,
+        "an integer or a list of integers": are_integers,
+        "a text": isinstance(value, str),
+    }
+    for kind, keys in KINDS.items():
+        if key in keys and value is not None and not fits[kind]:
+            raise UserError(f"{place} is {json.dumps(value)}; expected {kind}")
 
 
 def leaves(node: object, place: str = "") -> Iterator[tuple[str, object]]:
@@ -211,6 +251,11 @@ def convert(config: dict, gpus: int) -> dict:
     """
     if gpus < 1:
         raise UserError(f"gpus is {gpus}; expected 1 or more")
+    if isinstance(config, dict) and config.keys() >= {"data", "runner"}:
+        raise UserError(
+            "data and runner are keys of MMSegmentation 0.x; expected a config of 1.x. Take its "
+            "config of the same name, or write yours anew as 1.x's migration guide says"
+        )
     for key in ("model", "train_dataloader", "val_dataloader", "optim_wrapper", "train_cfg"):
         if not isinstance(config, dict) or not isinstance(config.get(key), dict):
             raise UserError(f"{key} is missing; expected a whole config, dumped as --help says")
@@ -243,6 +288,12 @@ def convert(config: dict, gpus: int) -> dict:
     for section in ("schedule", "evaluation", "checkpoint", "log"):
         count_updates(converted[section], accumulate)
     for place, value in leaves(config):
+        setting = SETTINGS.get(value) or SETTINGS.get(place.partition(".")[0])
+        if setting:
+            raise UserError(
+                f"{place} is {json.dumps(value)}, which is not translated. Remove it from the "
+                f"dumped config, and set {setting} in the converted one"
+            )
         raise UserError(
             f"{place} is {json.dumps(value)}, which has no counterpart in train.py. Remove it from "
             "the dumped config if the experiment can do without it"
@@ -264,7 +315,7 @@ def check_top_level(config: Section) -> None:
     if config.take("resume", False):
         note("resume is not a part of a config here: start train.py with --resume-from auto")
     val = config["val_dataloader"].get("dataset")
-    test = config.take("test_dataloader", {}).get("dataset", val)
+    test = config.take("test_dataloader", {}).get("dataset") or val
     if test != val:
         note(f"test_dataloader with {test.get('type')} is left out; val_dataloader is scored")
     config.expect(compile=OFF)
@@ -287,6 +338,8 @@ def count_updates(section: dict, accumulate: int) -> None:
 def convert_model(section: Section, gpus: int) -> dict:
     """Take all of `section` but its data_preprocessor, train_cfg and test_cfg."""
     backbone = section.section("backbone")
+    if not backbone:
+        raise UserError("model.backbone is missing; expected a whole config, see --help")
     others = ("data_preprocessor", "train_cfg", "test_cfg")
     model = {key: section.pop(key) for key in list(section) if key not in others}
     refuse_unknown_types(model)
@@ -446,10 +499,12 @@ def convert_loader(loader: Section, gpus: int, accumulate: int) -> dict:
 def convert_preprocessor(config: Section, crop_size: list[int]) -> dict:
     """Return mean and std. The model's data_preprocessor comes before that of the top level."""
     usual = config.take("data_preprocessor", Section("data_preprocessor"))
-    section = config["model"].setdefault("data_preprocessor", usual)
+    section = config["model"].get("data_preprocessor") or usual
+    config["model"]["data_preprocessor"] = section
     section.expect(type=["SegDataPreProcessor"], bgr_to_rgb=[True], rgb_to_bgr=OFF)
     section.expect(pad_val=[None, 0], seg_pad_val=[None, 255])
     size = section.take("size", crop_size)
+    size = [size, size] if isinstance(size, int) else size
     if any(padded > crop for padded, crop in zip(size, crop_size)):
         note(
             f"data_preprocessor.size is {size}: crops are padded to it there, and the loss is a "

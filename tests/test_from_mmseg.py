@@ -372,6 +372,16 @@ CHANGES = {  # what is changed: a part of the error
     'default_hooks.checkpoint.save_best = "mDice"': "mDice",
     'val_evaluator = {"type": "DepthMetric"}': "DepthMetric",
     'model = "pspnet.py"': "model is missing; expected a whole config",
+    "model.backbone = null": "model.backbone is missing",
+    'strategy = {"type": "FSDPStrategy"}': 'strategy.type is "FSDPStrategy"',
+    'custom_hooks = [{"type": "EarlyStoppingHook"}]': "set evaluation.patience in the converted",
+    'activation_checkpointing = ["backbone"]': "set model.backbone.with_cp in the converted one",
+    'data = {"train": {}}': "keys of MMSegmentation 0.x",
+    "train_dataloader.dataset = []": "dataset is []; expected a section",
+    'train_dataloader.dataset.pipeline = ["Resize"]': '["Resize"]; expected a list of sections',
+    'param_scheduler = "poly"': '"poly"; expected a section or a list of sections',
+    'train_cfg.max_iters = "40000"': 'max_iters is "40000"; expected an integer',
+    "train_dataloader.dataset.data_prefix.img_path = []": "img_path is []; expected a text",
 }  # fmt: skip
 
 
@@ -388,7 +398,13 @@ def change(config: dict, text: str) -> dict:
 @pytest.mark.parametrize("text", CHANGES)
 def test_what_cannot_be_translated_is_an_error(text: str) -> None:
     with pytest.raises(UserError, match=re.escape(CHANGES[text])):
-        convert(change(dumped(OHEM), text))
+        convert(change(dumped(OHEM) | {"runner": None}, text))
+
+
+def test_a_size_may_be_an_integer() -> None:
+    config = change(dumped(SWIN), "data_preprocessor.size = 512")
+    change(config, "model.data_preprocessor = null")
+    assert convert(config, 8) == convert(dumped(SWIN), 8)
 
 
 def test_unknown_networks_are_listed() -> None:
