@@ -3059,7 +3059,7 @@ class Data:
         too many of them.
         """
         samples = UnlabeledSamples(paths, self.in_channels, scale)
-        is_checked = False
+        fits = True
         groups = {False: [], True: []}
         for index in range(len(paths)):
             groups[samples.pixels(index) > max_pixels].append(index)
@@ -3068,10 +3068,9 @@ class Data:
             pin_memory = torch.cuda.is_available() and not is_large
             batches = Batches(samples, indices, workers, pin_memory, keep_errors=True)
             for index, batch in zip(indices, batches):
-                if not is_checked and not isinstance(batch, DataError):
+                if fits and not isinstance(batch, DataError):  # one warning is enough
                     image = batch["image"][0].permute(1, 2, 0)  # (H, W, C)
-                    self.fits_normalization({paths[index]: moments_of(image.numpy())})
-                    is_checked = True
+                    fits = self.fits_normalization({paths[index]: moments_of(image.numpy())})
                 yield paths[index], batch
 
     def val_samples(self, indices: list[int], scale: tuple[int, int] | None = None) -> Batches:

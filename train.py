@@ -3514,3 +3514,6 @@ if __name__ == "__main__":
         if dist_utils.is_first_to_report(str(error)):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # so that Python ends by the signal, which stops a loop of the shell
+        sys.excepthook = lambda *_: print("interrupted", file=sys.stderr)
+        raise

@@ -243,6 +243,22 @@ def test_command_line_that_is_wrong(capsys):
         assert part in capsys.readouterr().err
 
 
+def test_ctrl_c_prints_no_traceback(tmp_path):
+    config = tmp_path / "config.json"
+    os.mkfifo(config)  # reading it waits for ever
+    argv = [sys.executable, ROOT / "train.py", "--config", config]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    writer = None
+    while writer is None and process.poll() is None:
+        with contextlib.suppress(OSError):  # it has not opened the file yet
+            writer = os.open(config, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted\n"
+    assert process.returncode == -signal.SIGINT
+    os.close(writer)
+
+
 def test_a_run_is_named_in_place_of_its_config(finished, capsys):
     work_dir = finished["work_dir"]
     checkpoint = f"{work_dir}/iter_3.pth"

@@ -292,6 +292,18 @@ def test_files_and_their_names(tmp_path, run, capfd):
     assert Image.open(labels / "a/x.png.png").getpalette()[3:6] == [128, 0, 0]
 
 
+def test_a_later_file_that_does_not_fit_the_normalization(tmp_path):
+    config = tiny_config(tmp_path / "work")
+    checkpoint = write_checkpoint(config, tmp_path / "best.pth")
+    (tmp_path / "in").mkdir()
+    array = smooth_image(np.random.default_rng(0), 40, 50)
+    Image.fromarray(array).save(tmp_path / "in/a.png")
+    np.save(tmp_path / "in/b.npy", array / 255)
+    argv = ["--load-from", checkpoint, "--predict", tmp_path / "in", "--show-dir", tmp_path / "o"]
+    with pytest.warns(data.DataWarning, match="do not fit the values of images such as .*b.npy"):
+        train.main([str(word) for word in argv])
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
