@@ -2986,6 +2986,10 @@ class Data:
         return TrainSamples(self.train, rare_classes=rare, **self.sampling)
 
     @functools.cached_property
+    def checksum_of_train(self) -> dict[str, int]:
+        return checksum_of_images(self.train, "train")
+
+    @functools.cached_property
     def available_split(self):
         """The training split, or the validation split, as evaluation needs no training images."""
         try:
@@ -3244,6 +3248,15 @@ def image_files(dataset) -> list[str]:
     if isinstance(dataset, PlainDataset) and hasattr(dataset.dataset, "paths"):
         return [dataset.paths(i)[0] for i in range(len(dataset))]
     return []
+
+
+def checksum_of_images(dataset, split: str) -> dict[str, int]:
+    """Return the number of a split's images, and a checksum of their names without folders."""
+    names = [os.path.basename(dataset.name(i)) for i in range(len(dataset))]
+    return {
+        f"number of {split} images": len(names),
+        f"checksum of the names of {split} images": zlib.crc32("\n".join(names).encode()),
+    }
 
 
 def common_files(

@@ -59,6 +59,7 @@ from data import (
     as_array,
     check_encoding,
     check_every_sample,
+    checksum_of_images,
     decoder_name,
     find_images,
     images_of_any_size,
@@ -919,6 +920,7 @@ class TrainState:
     validated: False as long as the validation that is due at this iteration is not finished.
     log_sizes: bytes of each log file at the checkpoint. Later lines will be written again.
     resumed_from: the checkpoint that was loaded, or None.
+    images: in it, the checksum_of_images() that it was trained on, or None.
     """
 
     def __init__(
@@ -937,6 +939,7 @@ class TrainState:
         self.validations_since_best = 0
         self.validated = True
         self.resumed_from = None
+        self.images = None
         # Without a checkpoint, logs are left over from a run that died before its first save.
         self.log_sizes = dict.fromkeys(RunDir.LOGS, 0)
 
@@ -981,6 +984,7 @@ class TrainState:
         self.validations_since_best = checkpoint.get("validations_since_best", 0)
         self.validated = checkpoint.get("validated", True)
         self.log_sizes = checkpoint.get("logs", {})
+        self.images = checkpoint.get("images")
 
 
 # What decides, beside the weights, what an evaluation computes and on which images.
@@ -2801,6 +2805,7 @@ def checkpoint_content(state: TrainState, config: Config, data: Data) -> dict:
         "classes": list(data.classes),
         "palette": [[int(value) for value in color] for color in data.palette],
         "versions": versions(),
+        "images": data.checksum_of_train,
     }
 
 
@@ -2944,6 +2949,8 @@ def log_start(
         run_dir.log(wrap_line(line))
     run_dir.log(*notes)
     warned = batch_warnings(model, data) + setting_warnings(config, data, model)
+    if not args.eval_only:
+        warned += image_warnings(state, data)
     run_dir.log(*map(wrap_line, warned))
     if not args.eval_only:
         run_dir.log(remaining_work(state, args, config))
@@ -3055,6 +3062,17 @@ def batch_warnings(model: Segmentor, data: Data) -> list[str]:
     ]
 
 
+def image_warnings(state: TrainState, data: Data) -> list[str]:
+    """Say how the training images differ from those of the checkpoint that is resumed."""
+    changes = differences(state.images, data.checksum_of_train) if state.images else []
+    if not changes:
+        return []
+    return [
+        "warning: the training images are not those of the checkpoint, so the samples that follow "
+        f"are others than without the interruption ({'; '.join(changes)})"
+    ]
+
+
 def setting_warnings(config: Config, data: Data, model: Segmentor) -> list[str]:
     """Say which settings are valid, but probably not intended."""
     found = []
@@ -3140,9 +3158,7 @@ def check_ranks_agree(args: argparse.Namespace, config: Config, data: Data) -> N
     if args.eval_only or not args.no_validate:
         splits["val"] = data.val
     for split, dataset in splits.items():
-        names = [Path(dataset.name(i)).name for i in range(len(dataset))]
-        settings[f"number of {split} images"] = len(names)
-        settings[f"checksum of the names of {split} images"] = zlib.crc32("\n".join(names).encode())
+        settings |= checksum_of_images(dataset, split)
 
     ranks = dist_utils.all_gather_object((platform.node(), settings))
     for rank, (host, theirs) in enumerate(ranks):

@@ -357,6 +357,24 @@ def test_folder_without_faults(on_folder, run):
     run(on_folder)
 
 
+def test_images_that_change_before_a_resume(on_folder, tmp_path):
+    """The samples that follow are others, and the log must say so; a folder may be moved."""
+    argv = ["--config", str(write_config(on_folder, tmp_path)), "--no-validate"]
+    train.main([*argv, "--options", "schedule.max_iters=1"])
+    moved = tmp_path / "moved"
+    Path(on_folder["data"]["root"]).rename(moved)
+    options = ["--resume-from", "auto", "--options", f"data.root={moved}"]
+    log = Path(on_folder["work_dir"], "train.log")
+    train.main([*argv, *options, "schedule.max_iters=2"])
+    assert "data.root" in log.read_text() and "training images" not in log.read_text()
+    for kind in ("images", "labels"):
+        (moved / kind / "train/2.png").unlink()
+    train.main([*argv, *options, "schedule.max_iters=3"])
+    text = " ".join(log.read_text().split())
+    assert "warning: the training images are not those of the checkpoint" in text
+    assert "number of train images 4 -> 3" in text
+
+
 def remove_label(root: Path) -> None:
     (root / "labels/train/2.png").unlink()
 
