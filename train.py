@@ -1167,8 +1167,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             if not eval_only:
                 self.take_over(config, state)
-            for name in self.LOGS:
-                self.logs[name] = open(self.path / name, "a", buffering=1)
+            self.open_logs()
         except OSError as error:
             raise ConfigError(
                 f"work_dir {self.path} cannot be written: {error}. Name another with --work-dir."
@@ -1180,6 +1179,10 @@ class RunDir:
             self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
             text = json.dumps(complete(asdict(config)), indent=1)
             self.board.add_text("config", textwrap.indent(text, "    "), state.iteration)
+
+    def open_logs(self) -> None:
+        for name in self.LOGS:
+            self.logs[name] = open(self.path / name, "a", buffering=1)
 
     def take_over(self, config: Config, state: TrainState) -> None:
         """Bring the folder back to what it was at the state's iteration."""
@@ -1318,8 +1321,12 @@ class RunDir:
             return
         self.log(f"saving {', '.join(names)}")
         first = self.path / names[0]
-        sizes = {name: os.fstat(log.fileno()).st_size for name, log in self.logs.items()}
         try:
+            if not all((self.path / name).exists() for name in self.logs):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.open_logs()
+                self.log(f"{self.path} or logs in it were deleted during the run: made anew")
+            sizes = {name: os.fstat(log.fileno()).st_size for name, log in self.logs.items()}
             atomic_write(first, lambda file: torch.save(content | {"logs": sizes}, file))
             for name in names[1:]:
                 link(first, self.path / name)
@@ -3334,6 +3341,7 @@ def add_other_flags(parser: argparse.ArgumentParser) -> None:
         type=path_argument,
         metavar="PATH",
         nargs="+",
+        action="extend",
         help="predict images, and those in folders, with --load-from; write them to --show-dir",
     )
     add(

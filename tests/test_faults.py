@@ -243,6 +243,11 @@ def test_command_line_that_is_wrong(capsys):
         assert part in capsys.readouterr().err
 
 
+def test_predict_may_be_repeated():
+    args = train.parse_args(["--predict", "a", "b", "--predict", "c"])
+    assert args.predict == ["a", "b", "c"]
+
+
 def test_ctrl_c_prints_no_traceback(tmp_path):
     config = tmp_path / "config.json"
     os.mkfifo(config)  # reading it waits for ever
@@ -670,6 +675,17 @@ def test_work_dir_on_a_read_only_disk(tiny, run, disk):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     output = failing(run, tiny, "--work-dir", disk / "work")
     assert f"work_dir {disk}/work cannot be written" in output
+
+
+def test_work_dir_that_is_deleted_during_a_run(tmp_path):
+    run_dir = train.RunDir(tmp_path / "work", keep=2)
+    run_dir.path.mkdir()
+    run_dir.open_logs()
+    shutil.rmtree(run_dir.path)
+    run_dir.save({"iteration": 1}, ["iter_1.pth", "latest.pth"])
+    assert run_dir.save_error is None
+    assert train.load_checkpoint(run_dir.path / "latest.pth")["iteration"] == 1
+    assert "deleted during the run" in (run_dir.path / "train.log").read_text()
 
 
 def test_auto_takes_a_checkpoint_that_was_copied_alone(finished, tmp_path):
