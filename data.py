@@ -928,7 +928,8 @@ class Folder:
             full = os.path.normpath(os.path.join(self.root, form))
             if os.path.commonpath([self.root, full]) != self.root:
                 raise DataError(
-                    f"{place}: {path} is outside data.root ({self.root}), so it is not read"
+                    f"{place}: {path} is outside data.root ({self.root}), so it is not read. Paths "
+                    "are relative to data.root, without / at the beginning"
                 )
             if os.path.isfile(full):
                 return os.path.relpath(full, self.root)
@@ -3317,6 +3318,8 @@ def check_classes(dataset, counts: np.ndarray, is_trained: bool, is_alone: bool 
     """
     if looks_mixed(counts, dataset):
         warn(MIXED_HINT)
+    for part in dataset.parts if isinstance(dataset, Concat) else [dataset]:
+        warn_of_reduced_labels(part)
     seen = counts.any(0)
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
     if not is_trained:
@@ -3351,11 +3354,7 @@ def single_class_problem(dataset, seen: np.ndarray) -> str:
     folder = dataset.dataset if isinstance(dataset, CachedDataset) else dataset
     if not isinstance(folder, Folder):
         return problem
-    values = set()
-    for i in range(min(8, len(folder))):
-        with images_of_any_size(folder.large_images):
-            values.update(np.unique(read_label(folder.paths(i)[1])).astype(int).tolist())
-    values = sorted(values)
+    values = values_in_files(folder)
     ignored = [value for value in values if folder.table[value] == IGNORE]
     problem += f". The label files hold the values {values}, of which {ignored} are ignored"
     if len(values) == len(folder.classes):
@@ -3364,6 +3363,34 @@ def single_class_problem(dataset, seen: np.ndarray) -> str:
             "and leave out data.reduce_zero_label and data.ignore_index"
         )
     return problem
+
+
+def values_in_files(folder: Folder) -> list[int]:
+    """Return the values in the first label files, sorted."""
+    values = set()
+    for i in range(min(8, len(folder))):
+        with images_of_any_size(folder.large_images):
+            values.update(np.unique(read_label(folder.paths(i)[1])).astype(int).tolist())
+    return sorted(values)
+
+
+def warn_of_reduced_labels(dataset) -> None:
+    """Warn if a Folder reads classes from 1 on, but its files seem to hold them from 0 on.
+
+    The sign is that 0 and 255 are both there, and the last value is not.
+    """
+    folder = dataset.dataset if isinstance(dataset, CachedDataset) else dataset
+    if not isinstance(folder, Folder) or folder.table[0] != IGNORE or min(folder.values) != 1:
+        return
+    found = values_in_files(folder)
+    last = max(folder.values)
+    if {0, IGNORE} <= set(found) and last not in found:
+        warn(
+            f"the labels of {folder.name(0)} and others hold 0 and {IGNORE}, which are both "
+            f"ignored, and not {last}. If their classes start at 0, as in labels that "
+            "reduce_zero_label has been applied to before, every class is taken for the one "
+            "before it: read them by data.type=folder without reduce_zero_label"
+        )
 
 
 def preflight(dataset, processes: int, kept_counts: Path | None = None) -> list[str]:

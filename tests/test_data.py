@@ -527,6 +527,24 @@ def test_color_picture_as_label(folder):
         assert part in message
 
 
+def test_labels_that_have_been_reduced_before(folder):
+    """Their classes start at 0, so reduce_zero_label would shift them all."""
+    cache = str(Path(folder["root"], "cache"))
+    reduced = Data(**folder, reduce_zero_label=True, cache=cache)
+    warning = "hold 0 and 255, which are both ignored, and not 4"
+    for shift in (0, 1):
+        for path in Path(folder["root"]).glob("labels/*/*/*.png"):
+            height, width = SIZES[int(path.stem) % 2]
+            label = np.arange(height * width).reshape(height, width) % 4 + shift
+            label[0, 0] = 255
+            label[0, 1] = 0
+            write_image(path, label.astype(np.uint8))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            reduced.check()
+        assert any(warning in str(one.message) for one in found) == (shift == 0)
+
+
 def test_the_formula_for_a_label_of_colors(folder):
     """It writes the values that the data set reads, and ignores colors that are of no class."""
     potsdam = folder | {"classes": list("abcdef"), "reduce_zero_label": True}
