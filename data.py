@@ -1208,6 +1208,12 @@ def voc_aug(split: str, *, root: str) -> Folder:
     dataset = voc(split, root=root)
     if split == "train":
         added = voc("aug", root=root, labels="SegmentationClassAug")
+        common = np.intersect1d(dataset.pairs[:, 0], added.pairs[:, 0])
+        if len(common):
+            warn(
+                f"{len(common)} images of aug.txt, such as {common[0]}, are also in train.txt, so "
+                "they come twice as often. The usual aug.txt has only those that are not in it"
+            )
         dataset.pairs = np.concatenate([dataset.pairs, added.pairs])
     return dataset
 

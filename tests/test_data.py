@@ -1633,6 +1633,12 @@ def test_voc_aug_with_palette_labels(tmp_path):
     _, label_path = dataset.paths(1)
     assert "Aug" in label_path
 
+    # The list of all 10,582 images, which goes round as trainaug.txt.
+    lay_out(tmp_path, "JPEGImages/1.jpg", "SegmentationClassAug/1.png", 0)
+    (lists / "aug.txt").write_text("1\n2\n")
+    with pytest.warns(data.DataWarning, match="1 images of aug.txt, such as JPEGImages/1.jpg"):
+        data.voc_aug("train", root=str(tmp_path))
+
 
 def test_names_and_colors_are_the_published_ones():
     assert data.voc_palette(21)[15] == [192, 128, 128]
