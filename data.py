@@ -1619,8 +1619,8 @@ class ConcatSection:
 
     type: str
     weight: float | None = None
-    class_map: dict = dataclasses.field(default_factory=dict)
-    splits: dict = dataclasses.field(default_factory=dict)
+    class_map: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    splits: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
 
 class Concat:

@@ -4002,6 +4002,9 @@ def fits(value, annotation) -> bool:
         if origin is tuple and args[-1] is not Ellipsis:
             return len(value) == len(args) and all(fits(v, a) for v, a in zip(value, args))
         return all(fits(item, args[0]) for item in value)
+    if origin is dict and isinstance(value, dict):
+        keys_fit = all(fits(key, args[0]) for key in value)
+        return keys_fit and all(fits(item, args[1]) for item in value.values())
     if isinstance(value, bool):
         return annotation is bool
     if annotation is float:

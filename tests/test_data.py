@@ -1928,6 +1928,15 @@ def test_keys_of_sections_are_checked(concat, tiny, tmp_path, section, key, plac
         train.load_config(write_config(tiny, tmp_path))
 
 
+@pytest.mark.parametrize("key", ["splits", "class_map"])
+@pytest.mark.parametrize("value", [0, ["train"]])
+def test_names_in_sections_are_texts(concat, tiny, tmp_path, key, value):
+    concat["datasets"][1][key] = {"train": value}
+    tiny["data"] = concat
+    with pytest.raises(ConfigError, match=f"data.datasets.1.{key}: is .*dict.str, str"):
+        train.load_config(write_config(tiny, tmp_path))
+
+
 def test_sections_of_concat_may_leave_out_splits(concat):
     first, second = concat["datasets"]
     first["splits"] = {"train": None}  # still names the classes
