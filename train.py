@@ -3186,6 +3186,7 @@ def make_folder(path: str) -> Path:
     return folder
 
 
+@torch.inference_mode(False)  # a notebook may have turned gradients off
 def run(  # noqa: PLR0915
     args: argparse.Namespace, config: Config, device: torch.device, notes: Sequence[str] = ()
 ) -> str:
@@ -3376,8 +3377,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_run_flags(parser)
     add_other_flags(parser)
-    for argument in sys.argv[1:] if argv is None else argv:
-        check_encoding(str(argument))
+    argv = [str(argument) for argument in (sys.argv[1:] if argv is None else argv)]  # a Path too
+    for argument in argv:
+        check_encoding(argument)
     # argparse alone would first complain of a missing --config, whatever else is misspelled.
     args, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -243,6 +243,14 @@ def test_command_line_that_is_wrong(capsys):
         assert part in capsys.readouterr().err
 
 
+def test_main_after_gradients_were_turned_off(tiny, tmp_path):
+    tiny["schedule"]["max_iters"] = 1
+    argv = ["--config", write_config(tiny, tmp_path), "--no-validate"]
+    with torch.no_grad():
+        assert train.main(argv) == "done"
+        assert not torch.is_grad_enabled()
+
+
 def test_predict_may_be_repeated():
     args = train.parse_args(["--predict", "a", "b", "--predict", "c"])
     assert args.predict == ["a", "b", "c"]
