@@ -305,7 +305,8 @@ def decode_by_wuffs(content: np.ndarray, mode: str, has_more_rows: bool) -> np.n
     config.enabled_decoders = [pywuffs.ImageDecoderType.PNG]
     config.pixel_format = getattr(pywuffs.PixelFormat, formats[mode])
     config.max_incl_dimension = 2**24 - 1
-    config.quirks = {pywuffs.ImageDecoderQuirks.IGNORE_CHECKSUM: 0}  # 1 is its default
+    # By default, pywuffs accepts damaged pixels.
+    config.quirks = {pywuffs.ImageDecoderQuirks.IGNORE_CHECKSUM: 0}
     result = pywuffs.aux.ImageDecoder(config).decode(content.tobytes())
     error = result.error_message
     if error and not (has_more_rows and error == "base: too much data"):
@@ -357,8 +358,10 @@ def check_pixels_of_png(path: str) -> None:
         decompressor = zlib.decompressobj()
         stream = b"".join(data for kind, data in chunks if kind == b"IDAT")
         pixels = decompressor.decompress(stream, 2 * row * height + 64)
-        fits = interlace or len(pixels) >= row * height and max(pixels[: row * height : row]) <= 4
-        if not decompressor.eof or not fits:
+        filters = pixels[: row * height : row]
+        is_whole = len(pixels) >= row * height and max(filters) <= 4
+        # The rows of an interlaced file have several lengths.
+        if not decompressor.eof or not (is_whole or interlace):
             raise ValueError("its pixels do not fit its header")
 
 
@@ -396,7 +399,7 @@ def turn_upright(array: np.ndarray, orientation: int) -> np.ndarray:
         array = array[::-1]
     if orientation in (2, 3, 6, 7):
         array = array[:, ::-1]
-    # A copy, as torch takes no negative stride, which np.ascontiguousarray() keeps of a single row.
+    # A copy: torch takes no negative strides, but np.ascontiguousarray() keeps that of one row.
     return array.copy(order="C")
 
 
@@ -2935,8 +2938,8 @@ class Data:
             unknown = section.get("splits", {}).keys() - splits
             if unknown:
                 raise DataError(
-                    f"data.datasets.{number}.splits: {min(unknown)!r} is no split of this run; "
-                    f"they are {self.train_split} and {self.val_split}"
+                    f"data.datasets.{number}.splits: {min(unknown)!r} is not a split of this run; "
+                    f"its splits are {self.train_split} and {self.val_split}"
                 )
 
     def to(self, device: torch.device) -> "Data":
@@ -3395,7 +3398,7 @@ def warn_of_reduced_labels(dataset) -> None:
             f"the labels of {folder.name(0)} and others hold 0 and {IGNORE}, which are both "
             f"ignored, and not {last}. If their classes start at 0, as in labels that "
             "reduce_zero_label has been applied to before, every class is taken for the one "
-            "before it: read them by data.type=folder without reduce_zero_label"
+            "before it: read them with data.type=folder and without reduce_zero_label"
         )
 
 
@@ -3669,6 +3672,6 @@ SYNAPSE_PALETTE = parse_colors("""
 
 if __name__ == "__main__":
     raise SystemExit(
-        "error: data.py is no command. To check and draw the data, call: "
+        "error: data.py is not a command. To check and draw the data, run "
         "python train.py --config CONFIG --check-data"
     )

@@ -231,6 +231,7 @@ NEEDED = {
     "data": {"first_column": "files", "fold_seed": "fold"},
     "schedule": {"gamma": "policy", "warmup_iters": "warmup", "warmup_ratio": "warmup"},
     "evaluation": {"crop_size": "mode", "stride": "mode"},
+    "optimizer": {"decay_type": "layer_decay"},  # in its section paramwise
 }
 
 
@@ -270,7 +271,7 @@ def from_json(text: str) -> object:
     """Parse JSON without what Python adds to it: NaN, Infinity, and keys that occur twice."""
 
     def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is no number that a setting can have")
+        raise ValueError(f"{name} is not a valid value")
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         section = dict(pairs)
@@ -393,7 +394,8 @@ def check_config(config: Config) -> None:
     learning_rate(0, 1.0, **config.schedule)
     lr = config.optimizer["lr"]
     min_lr = config.schedule.get("min_lr", 0.0)
-    require(not fits(lr, float) or min_lr <= lr, "schedule.min_lr", min_lr, "at most optimizer.lr")
+    if fits(lr, float):  # else build_optimizer's own check says so
+        require(min_lr <= lr, "schedule.min_lr", min_lr, "at most optimizer.lr")
     if config.schedule.get("warmup"):
         is_given = "warmup_iters" in config.schedule
         require(is_given, "schedule.warmup_iters", None, "the number of iterations of the warm-up")
@@ -719,9 +721,7 @@ def parse_paramwise(paramwise: dict) -> tuple[dict[str, dict], dict[str, float],
     """
     rules = dict(paramwise)
     layer_decay = {key: rules.pop(key) for key in ("layer_decay", "decay_type") if key in rules}
-    is_used = "layer_decay" in layer_decay or "decay_type" not in layer_decay
-    place = "optimizer.paramwise.decay_type"
-    require(is_used, place, layer_decay.get("decay_type"), "it together with layer_decay")
+    check_needed_keys("optimizer.paramwise", layer_decay)
     check_keywords(layer_multipliers, {"model": nn.Module()} | layer_decay, "optimizer.paramwise")
     general = {}
     for key in ("norm_decay_mult", "bias_lr_mult", "bias_decay_mult"):

@@ -1899,7 +1899,12 @@ def test_concat_has_the_classes_of_the_first(concat):
         (1, "weight", 2, r"[None, 2]"),
         (1, "root", "/nowhere", "/nowhere"),
         (1, "type", "concat", "concat"),
-        (1, "splits", {"valid": None}, "'valid' is no split of this run; they are train and val"),
+        (
+            1,
+            "splits",
+            {"valid": None},
+            "'valid' is not a split of this run; its splits are train and val",
+        ),
     ],
 )
 def test_wrong_section_of_concat(concat, section, key, value, part):

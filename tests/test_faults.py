@@ -307,7 +307,7 @@ def test_flags_that_exclude_each_other():
         ("[]", "object"),
         ('{"a": }', "line 1"),
         ("", "line 1"),
-        ('{"clip_grad": Infinity}', "Infinity is no number"),
+        ('{"clip_grad": Infinity}', "Infinity is not a valid value"),
         ('{"data": {"scale": 1, "flip": 1, "scale": 2}}', "the key 'scale' twice"),
     ],
 )
